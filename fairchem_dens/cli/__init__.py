@@ -1,0 +1,1 @@
+"""The `fairchem-dens` command: one module per subcommand, dispatched by `main`."""

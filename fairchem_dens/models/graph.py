@@ -1,0 +1,111 @@
+"""The neighbour graph and the frames of its edges."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from fairchem.core.common.utils import radius_graph_pbc
+from torch import Tensor
+from torch_geometric.nn import radius_graph
+
+from fairchem_dens import keys
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Edges from sources to targets.
+
+    Attributes:
+        edge_index: (2, E) int64, source and target.
+        vectors: (E, 3), from target to source, Å.
+        distances: (E,), Å.
+    """
+
+    edge_index: Tensor
+    vectors: Tensor
+    distances: Tensor
+
+
+def build_graph(
+    data: Any,
+    *,
+    cutoff: float,
+    max_neighbors: int,
+    strict: bool,
+    use_pbc: bool,
+    otf_graph: bool,
+) -> Graph:
+    """Find the neighbours of each atom in a prepared batch.
+
+    Neighbours are searched in single precision, which is what fairchem's search knows; vectors and distances have the precision of the positions.
+
+    Args:
+        data: batch with ``pos``, ``natoms``, ``batch`` and, for periodic graphs, ``cell``.
+        cutoff: Å.
+        max_neighbors: the nearest ones are kept.
+        strict: exactly ``max_neighbors`` at most; else neighbours as far as the last one, to 0.01 Å, are kept too.
+        use_pbc: consider periodic images.
+        otf_graph: search; else use the stored edges if there are any.
+
+    Raises:
+        ValueError: stored edges are asked for but the positions were corrupted, or a periodic graph has no cell.
+    """
+    pos, stored = data[keys.POS], not otf_graph and "edge_index" in data
+    if stored and keys.NOISE_MASK in data:
+        raise ValueError("Stored edges do not belong to corrupted positions: set 'model.otf_graph: True'.")
+    if not use_pbc:
+        edge_index = data.edge_index if stored else _molecular_edges(data, cutoff, max_neighbors)
+        offsets = None
+    else:
+        if keys.CELL not in data:
+            raise ValueError(
+                f"The structures have no '{keys.CELL}' but 'model.use_pbc' is True: set it to False for molecules."
+            )
+        if stored:
+            edge_index, cell_offsets = data.edge_index, data.cell_offsets
+        else:
+            single = copy.copy(data)
+            single[keys.POS], single[keys.CELL] = pos.detach().float(), data[keys.CELL].detach().float()
+            edge_index, cell_offsets, _ = radius_graph_pbc(single, cutoff, max_neighbors, strict)
+        cells = data[keys.CELL].to(pos.dtype)[data[keys.BATCH][edge_index[1]]]
+        offsets = torch.bmm(cell_offsets.to(pos.dtype)[:, None], cells)[:, 0]
+    source, target = edge_index
+    vectors = pos[source] - pos[target]
+    if offsets is not None:
+        vectors = vectors + offsets
+    return Graph(edge_index, vectors, torch.linalg.vector_norm(vectors, dim=-1))
+
+
+def _molecular_edges(data: Any, cutoff: float, max_neighbors: int) -> Tensor:
+    return radius_graph(
+        data[keys.POS].detach(), r=cutoff, batch=data[keys.BATCH], max_num_neighbors=max_neighbors
+    )
+
+
+def edge_frames(vectors: Tensor, *, random_roll: bool) -> Tensor:
+    """Return rotations that turn each edge onto the y axis, where eSCN convolutions work.
+
+    The roll about the edge is free. In training it is drawn from torch's global generator, which averages what little the grids of the S2 activation
+    break of the symmetry; in evaluation it is fixed, so that a prediction is a function of the structure alone and no random number is used up.
+
+    Args:
+        vectors: (E, 3), none of them zero.
+        random_roll: draw the roll.
+
+    Returns:
+        (E, 3, 3) without gradient, rows are the new axes.
+    """
+    vectors = vectors.detach()
+    along = vectors / torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+    # The coordinate axis least aligned with the edge is never parallel to it.
+    helper = torch.zeros_like(along).scatter_(1, along.abs().argmin(dim=1, keepdim=True), 1.0)
+    first = torch.linalg.cross(along, helper)
+    first = first / torch.linalg.vector_norm(first, dim=-1, keepdim=True)
+    if random_roll:
+        angle = 2 * math.pi * torch.rand_like(along[:, :1])
+        first = torch.cos(angle) * first + torch.sin(angle) * torch.linalg.cross(along, first)
+    return torch.stack([first, along, torch.linalg.cross(first, along)], dim=1)

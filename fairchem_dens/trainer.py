@@ -1,0 +1,522 @@
+"""The DeNS trainer: hooks around fairchem's trainer, none of its loops.
+
+What it adds, in the order of a step: the coin of ``switch: batch``, seeding of the step, the loss and the metrics of corrupted structures, and
+checkpoints that always hold a complete step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+import logging
+import signal
+import threading
+import types
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from fairchem.core.common import distutils
+from fairchem.core.common.registry import registry
+from fairchem.core.models.equiformer_v2.trainers.forces_trainer import EquiformerV2ForcesTrainer
+from fairchem.core.modules import transforms as fairchem_transforms
+from fairchem.core.modules.loss import DDPLoss
+from torch import Tensor
+from torch_geometric.data import Data
+
+import fairchem_dens
+from fairchem_dens import checkpoints, config, keys, objective, summary
+from fairchem_dens.corruption import Corruption, batch_is_corrupted, corrupt
+from fairchem_dens.models.inputs import check_atomic_numbers
+from fairchem_dens.models.weight_decay import no_weight_decay
+from fairchem_dens.randomness import derived_seed
+from fairchem_dens.transforms import ArmedCorruption
+
+TASK = "s2ef"
+"""fairchem's name for energies and forces: default metrics, primary metric and ``s2ef_predictions.npz`` follow from it."""
+DOTTED_NAME = "fairchem_dens.trainer.DeNSTrainer"
+_NUM_SAMPLED = 64
+
+
+class _OnHost(NamedTuple):
+    """What is known about the batch in flight without asking the device."""
+
+    sizes: list[int]
+    has_free_atoms: list[bool]
+    corrupted: list[bool] | None
+
+
+class DeNSTrainer(EquiformerV2ForcesTrainer):
+    """Trains any energy-and-force model of fairchem; a force-conditioned one with DeNS, if the YAML says so.
+
+    Takes the arguments of fairchem's trainers. DeNS is switched on by ``dataset.train.transforms.dens`` together with a ``noise`` entry in
+    ``loss_functions``; the keys of the authors' code are accepted instead.
+
+    Raises:
+        ValueError: a setting is unknown, impossible or contradicts another; names its YAML key.
+        FileNotFoundError: a data folder does not exist.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # A dotted trainer name reaches this class without anything having been registered.
+        importlib.import_module("fairchem_dens.register")
+        given = inspect.signature(super().__init__).bind(*args, **kwargs).arguments
+        given["name"] = TASK
+        given["seed"] = given.get("seed") or 0
+        given["optimizer"], given["dataset"], given["loss_functions"] = config.translate_authors_keys(
+            given["optimizer"], given["dataset"], given["loss_functions"]
+        )
+        self.noise_loss, ordinary = config.take_noise_loss(given["loss_functions"])
+        config.check_targets(ordinary, given["outputs"] or {})
+        if given["optimizer"].get("load_balancing") is not None:
+            given["optimizer"].setdefault("load_balancing_on_error", "warn_and_no_balance")
+        given["model"] = self._model_settings(given["model"])
+
+        self.corruption: Corruption | None = None
+        self._updating = False
+        self._stop_requested = False
+        self._step_of_weights = 0
+        self._step_of_file = -1
+        self._on_host: _OnHost | None = None
+        super().__init__(**given)
+
+    def _model_settings(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """Name the model by its dotted path, which finds it anywhere, and leave out a noise head that nothing trains."""
+        model = registry.get_model_class(settings["name"])
+        settings = dict(settings)
+        if model.__module__.startswith("fairchem_dens."):
+            settings["name"] = f"fairchem_dens.models.{model.__name__}"
+            # fairchem's collater reads this key, not the model's default, and else warns on every batch.
+            settings.setdefault("otf_graph", True)
+        if self.noise_loss is None and "predict_noise" in inspect.signature(model).parameters:
+            settings.setdefault("predict_noise", False)
+        return settings
+
+    # ------------------------------------------------------------------ construction
+
+    def load(self, inference_only: bool) -> None:
+        self.config["trainer"] = DOTTED_NAME
+        self.config["fairchem_dens"] = {
+            "version": fairchem_dens.__version__,
+            "checkpoint_version": checkpoints.CHECKPOINT_VERSION,
+        }
+        self.seed: int = self.config["cmd"]["seed"]
+        super().load(inference_only)
+        if not inference_only and self.train_dataset is not None and distutils.is_master():
+            self._say_what_will_happen()
+
+    def load_datasets(self) -> None:
+        splits = {
+            "train": self.config["dataset"],
+            **{split: self.config[f"{split}_dataset"] for split in ("val", "test", "relax")},
+        }
+        inherited = {"format": self.config["dataset"].get("format", "lmdb")}
+        for name, settings in splits.items():
+            config.check_transforms(
+                settings.get("transforms"), vars(fairchem_transforms), f"dataset.{name}.transforms"
+            )
+        config.check_sources({name: {**inherited, **settings} for name, settings in splits.items()})
+        super().load_datasets()
+        if self.train_dataset is not None:
+            self._arm_corruption()
+
+    def _arm_corruption(self) -> None:
+        """Put the corruption where the settings of ``dens`` stand, on the train split alone."""
+        dataset = self.train_dataset
+        while hasattr(dataset, "dataset"):
+            dataset = dataset.dataset
+        settings = getattr(getattr(dataset, "transforms", None), "config", None) or {}
+        name = next((name for name in config.TRANSFORM_NAMES if name in settings), None)
+        if name is None:
+            if self.noise_loss is not None:
+                raise ValueError(
+                    f"'{self.noise_loss.where}' is a loss on noise, but there is none: 'dataset.train.transforms' has no 'dens'. Add it "
+                    "(prob, std, corrupt_ratio), or remove the loss."
+                )
+            return
+        where = f"dataset.train.transforms.{name}"
+        self.corruption = Corruption.from_config(settings[name], where=where)
+        if self.noise_loss is None:
+            raise ValueError(
+                f"'{where}' corrupts structures, but 'loss_functions' has no 'noise' entry that learns from them. Add "
+                "'- noise: {fn: l2mae, coefficient: 10}', or remove 'dens'."
+            )
+        if hasattr(dataset, "check_md_logs"):
+            dataset.check_md_logs()
+        sampler = self.train_sampler.sampler
+        armed = ArmedCorruption(self.corruption, self.seed, epoch=lambda: sampler.epoch)
+        # A new dict: fairchem shares this one with the other splits.
+        dataset.transforms.config = {**settings, name: armed}
+
+    def load_loss(self) -> None:
+        written = self.config["loss_functions"]
+        _, self.config["loss_functions"] = config.take_noise_loss(written)
+        try:
+            super().load_loss()
+        finally:
+            self.config["loss_functions"] = written
+        for _, info in self.loss_functions:
+            info["fn"]._ddp_mean = types.MethodType(_mean_of_anything, info["fn"])
+        if self.corruption is None or self.noise_loss is None:
+            return
+        if keys.FORCES not in dict(self.loss_functions):
+            raise ValueError("DeNS needs a loss on forces: add '- forces: {fn: l2mae, coefficient: ...}' to 'loss_functions'.")
+        self._noise_error = DDPLoss(self.noise_loss.fn, reduction=None).loss_fn
+
+    def load_optimizer(self) -> None:
+        model = self._unwrapped_model
+        names = no_weight_decay(model)
+        model.no_weight_decay = lambda: names
+        super().load_optimizer()
+        # From here to the end of `_backward` the weights belong to no step.
+        self.optimizer.register_step_pre_hook(self._begin_update)
+
+    def load_extras(self) -> None:
+        optim = self.config["optim"]
+        if "scheduler_params" not in optim:
+            super(EquiformerV2ForcesTrainer, self).load_extras()
+            return
+        # fairchem turns epochs into steps in place; a warm-up that rounds to no step would divide by zero.
+        params = optim["scheduler_params"] = dict(optim["scheduler_params"])
+        if self.train_loader is not None and "warmup_epochs" in params:
+            one_step = (1 + 1e-9) / len(self.train_loader)
+            params["warmup_epochs"] = max(params["warmup_epochs"], one_step)
+        super().load_extras()
+
+    def _say_what_will_happen(self) -> None:
+        lines = summary.describe_run(
+            self.corruption,
+            self.noise_loss,
+            batch_size=self.config["optim"].get("batch_size", 1),
+            num_ranks=distutils.get_world_size(),
+        )
+        for line in lines:
+            logging.info(line)
+        count = min(_NUM_SAMPLED, len(self.train_dataset))
+        sample = (self.train_dataset[int(index)] for index in torch.linspace(0, len(self.train_dataset) - 1, count))
+        references = self.elementrefs.get(keys.ENERGY)
+        seen = summary.sample_targets(sample, references.element_references if references is not None else None)
+        for name, target in seen.items():
+            if name in self.normalizers:
+                normalizer = self.normalizers[name]
+                for warning in summary.target_warnings(
+                    name, target, normalizer.mean.item(), normalizer.rmsd.item()
+                ):
+                    logging.warning(warning)
+
+    # ------------------------------------------------------------------ a step
+
+    def train(self, disable_eval_tqdm: bool = False) -> None:
+        if distutils.is_master() and not self.is_debug:
+            checkpoints.remove_unfinished(self.config["cmd"]["checkpoint_dir"])
+        with self._checkpoint_on_sigterm():
+            self._repeat_interrupted_evaluation(disable_eval_tqdm)
+            super().train(disable_eval_tqdm=disable_eval_tqdm)
+            # fairchem writes a file every `eval_every` steps, which a short run may never reach.
+            if self._step_of_file != self.step:
+                self.save(checkpoint_file="checkpoint.pt", training_state=True)
+
+    def _repeat_interrupted_evaluation(self, disable_eval_tqdm: bool) -> None:
+        """Evaluate once more where the file was written just before an evaluation, which may have been cut off.
+
+        An evaluation depends on nothing but the weights, so repeating a finished one changes nothing.
+        """
+        eval_every = self.config["optim"].get("eval_every", len(self.train_loader))
+        if self.step == 0 or self.step % eval_every or self.val_loader is None or self.primary_metric is None:
+            return
+        metrics = self.validate(split="val", disable_tqdm=disable_eval_tqdm)
+        self.update_best(self.primary_metric, metrics, disable_eval_tqdm=disable_eval_tqdm)
+
+    def _forward(self, batch: Any) -> dict[str, Tensor]:
+        training = self.model.training
+        if training and self.corruption is not None and self.corruption.switch == "batch":
+            self._toss_coin_of_batch(batch)
+        check_atomic_numbers(batch, getattr(self._unwrapped_model, "max_num_elements", 1 << 30))
+        self._on_host = _look_at(batch)
+        raw: dict[str, Tensor] = {}
+        watch = self.model.register_forward_hook(lambda _module, _inputs, outputs: raw.update(outputs))
+        try:
+            with self._seeded(training):
+                outputs = super()._forward(batch)
+        finally:
+            watch.remove()
+        if keys.NOISE in raw:
+            outputs[keys.NOISE] = raw[keys.NOISE]
+        return outputs
+
+    def _toss_coin_of_batch(self, batch: Any) -> None:
+        if not batch_is_corrupted(self.corruption, seed=self.seed, step=self.step):
+            return
+        epoch = self.train_sampler.sampler.epoch
+        noisy = corrupt(batch, self.corruption, seed=self.seed, epoch=epoch, selected=True)
+        for key in (keys.POS, *keys.DENS_FIELDS):
+            batch[key] = noisy[key]
+
+    @contextlib.contextmanager
+    def _seeded(self, training: bool) -> Iterator[None]:
+        """Make dropout and the like a function of (seed, step, rank), and leave no trace of them in evaluation."""
+        if training:
+            torch.manual_seed(derived_seed(self.seed, self.step, distutils.get_rank()))
+            yield
+            return
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(self.seed)
+            yield
+
+    def _compute_loss(self, out: dict[str, Tensor], batch: Any) -> Tensor:
+        if self.corruption is None or keys.NOISE_MASK not in batch:
+            return super()._compute_loss(out, batch)
+        _require_noise(out, self._unwrapped_model)
+        losses = self.loss_functions
+        self.loss_functions = [entry for entry in losses if entry[0] != keys.FORCES]
+        try:
+            others = super()._compute_loss(out, batch)
+        finally:
+            self.loss_functions = losses
+        return others + self._force_and_noise_loss(out, batch)
+
+    def _force_and_noise_loss(self, out: dict[str, Tensor], batch: Any) -> Tensor:
+        assert self.corruption is not None and self.noise_loss is not None
+        forces = dict(self.loss_functions)[keys.FORCES]
+        force_target = batch[keys.FORCES]
+        if keys.FORCES in self.normalizers:
+            force_target = self.normalizers[keys.FORCES].norm(force_target)
+        noise_target = batch[keys.NOISE_VEC] / self.corruption.noise_scale
+        natoms = batch[keys.NATOMS]
+        epoch = (self.step - 1) // len(self.train_loader)
+        return objective.force_and_noise_loss(
+            objective.per_atom(forces["fn"].loss_fn(out[keys.FORCES], force_target, natoms)),
+            objective.per_atom(self._noise_error(out[keys.NOISE], noise_target, natoms)),
+            self._atoms(batch, "train_on_free_atoms"),
+            force_coefficient=forces["coefficient"],
+            noise_coefficient=self.noise_loss.coefficient_at(epoch, self.config["optim"]["max_epochs"]),
+            reduction=self.noise_loss.reduction,
+            sum_over_ranks=lambda counts: distutils.all_reduce(counts, device=self.device),
+            num_ranks=distutils.get_world_size(),
+        )
+
+    def _atoms(self, batch: Any, rule: str) -> objective.SupervisedAtoms:
+        assert self.corruption is not None
+        return objective.supervised_atoms(
+            batch[keys.NOISE_MASK],
+            batch[keys.FIXED],
+            free_atoms_only=self.output_targets[keys.FORCES].get(rule, True),
+            all_atoms=self.corruption.all_atoms,
+        )
+
+    def _compute_metrics(
+        self, out: dict[str, Tensor], batch: Any, evaluator: Any, metrics: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        metrics = {} if metrics is None else metrics
+        host = self._on_host if self._on_host is not None else _look_at(batch)
+        chosen = range(len(host.sizes))
+        if host.corrupted is not None:
+            if any(host.corrupted):
+                self._update_denoising_metrics(out, batch, evaluator, metrics)
+            chosen = [index for index in chosen if not host.corrupted[index]]
+        if self.output_targets.get(keys.FORCES, {}).get("eval_on_free_atoms", True):
+            # fairchem takes the largest error over the free atoms of each structure; without one there is nothing to take.
+            chosen = [index for index in chosen if host.has_free_atoms[index]]
+        if not chosen:
+            return metrics
+        out = {name: value for name, value in out.items() if name != keys.NOISE}
+        if len(chosen) < len(host.sizes):
+            out, batch = self._select(out, batch, host.sizes, chosen)
+        return super()._compute_metrics(out, batch, evaluator, metrics)
+
+    def _update_denoising_metrics(
+        self, out: dict[str, Tensor], batch: Any, evaluator: Any, metrics: dict[str, Any]
+    ) -> None:
+        assert self.corruption is not None
+        _require_noise(out, self._unwrapped_model)
+
+        def physical(target: str) -> Tensor:
+            return self._denorm_preds(target, out[target].detach(), batch)
+
+        means = objective.denoising_metrics(
+            energy=(physical(keys.ENERGY), batch[keys.ENERGY]),
+            forces=(physical(keys.FORCES), batch[keys.FORCES]),
+            noise=(out[keys.NOISE].detach() * self.corruption.noise_scale, batch[keys.NOISE_VEC]),
+            atoms=self._atoms(batch, "eval_on_free_atoms"),
+            corrupted=batch[keys.CORRUPTED],
+            batch=batch[keys.BATCH],
+        )
+        # One transfer for all of them.
+        numbers = torch.stack([value.double() for mean in means.values() for value in mean]).tolist()
+        for name, total, numel in zip(means, numbers[::2], numbers[1::2], strict=True):
+            if numel:
+                evaluator.update(name, {"total": total, "numel": int(numel)}, metrics)
+
+    def _select(
+        self, out: dict[str, Tensor], batch: Any, sizes: list[int], chosen: list[int]
+    ) -> tuple[dict[str, Tensor], Any]:
+        """Return predictions and batch of some structures, with what fairchem's metrics read."""
+        starts = [sum(sizes[:index]) for index in range(len(sizes))]
+        ranges = [torch.arange(starts[index], starts[index] + sizes[index]) for index in chosen]
+        structures = torch.tensor(chosen).to(self.device, non_blocking=True)
+        atoms = torch.cat(ranges).to(self.device, non_blocking=True)
+
+        def rows(target: str, value: Tensor) -> Tensor:
+            return value[atoms if self.output_targets[target]["level"] == "atom" else structures]
+
+        selected = Data(
+            natoms=batch[keys.NATOMS][structures],
+            batch=torch.repeat_interleave(torch.tensor([len(r) for r in ranges])).to(self.device),
+            **{key: batch[key][atoms] for key in (keys.FIXED, keys.ATOMIC_NUMBERS)},
+            **{target: rows(target, batch[target]) for target in self.output_targets},
+        )
+        return {target: rows(target, value) for target, value in out.items()}, selected
+
+    def _begin_update(self, *_: Any) -> None:
+        self._updating = True
+
+    def _backward(self, loss: Tensor) -> None:
+        super()._backward(loss)
+        self._step_of_weights = self.step
+        self._updating = False
+        if self._stop_requested:
+            self._save_and_stop()
+
+    # ------------------------------------------------------------------ evaluation
+
+    def validate(self, split: str = "val", disable_tqdm: bool = False) -> Any:
+        with self._own_weights_back():
+            return super().validate(split=split, disable_tqdm=disable_tqdm)
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        with self._own_weights_back():
+            return super().predict(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _own_weights_back(self) -> Iterator[None]:
+        """Put the weights back that fairchem swaps for their moving average, also where it returns without doing so."""
+        outer = self.ema.collected_params if self.ema is not None else []
+        try:
+            yield
+        finally:
+            if self.ema is not None and self.ema.collected_params is not outer:
+                self.ema.restore()
+                self.ema.collected_params = outer
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def save(
+        self,
+        metrics: Any = None,
+        checkpoint_file: str = "checkpoint.pt",
+        training_state: bool = True,
+    ) -> str | None:
+        """Write a checkpoint of the last complete step; a kill at any moment leaves the previous file as it was.
+
+        Returns:
+            Its path on the master rank. None elsewhere, and if the optimizer is just changing the weights: then the previous file stands.
+        """
+        if self._updating:
+            logging.warning("No checkpoint written in the middle of a weight update: the previous one stands.")
+            return None
+        self.config = checkpoints.plain(self.config)
+        with self._at_complete_step(), self._own_weights_back():
+            written = super().save(checkpoints.plain(metrics), checkpoints.aside(checkpoint_file), training_state)
+            if training_state:
+                self._step_of_file = self.step
+        return None if written is None else checkpoints.put_in_place(written, checkpoint_file)
+
+    @contextlib.contextmanager
+    def _at_complete_step(self) -> Iterator[None]:
+        """Show fairchem's `save` the step that the weights belong to, and the weights rather than their moving average."""
+        step, epoch = self.step, self.epoch
+        averaged = self.ema.collected_params if self.ema is not None else []
+        if step != self._step_of_weights:
+            self.step = self._step_of_weights
+            self.epoch = self.step / len(self.train_loader)
+        if averaged:
+            self.ema.restore()
+            self.ema.collected_params = []
+        try:
+            yield
+        finally:
+            self.step, self.epoch = step, epoch
+            if averaged:
+                self.ema.collected_params = averaged
+                self.ema.copy_to()
+
+    def load_checkpoint(
+        self, checkpoint_path: str, checkpoint: dict[str, Any] | None = None, inference_only: bool = False
+    ) -> None:
+        """Load weights and, unless for inference only, the state of the run.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is not a checkpoint that this version reads.
+            RuntimeError: its parameters are not this model's; lists them.
+        """
+        if checkpoint is None:
+            logging.info(f"Loading checkpoint from: {checkpoint_path}")
+            checkpoint = checkpoints.read(checkpoint_path, map_location=self.device)
+        if not inference_only and getattr(self, "scheduler", None) is None:
+            checkpoint = {**checkpoint, "scheduler": None}
+        super().load_checkpoint(checkpoint_path, checkpoint, inference_only)
+        self._step_of_weights = self._step_of_file = self.step
+        if not inference_only:
+            self._catch_up_scheduler()
+
+    def _catch_up_scheduler(self) -> None:
+        """Bring the schedule to `self.step`: fairchem writes the file before it advances the schedule."""
+        scheduler = getattr(getattr(self, "scheduler", None), "scheduler", None)
+        if scheduler is None or self.scheduler.scheduler_type in ("Null", "ReduceLROnPlateau"):
+            return
+        while scheduler.last_epoch < self.step:
+            scheduler.step()
+
+    @contextlib.contextmanager
+    def _checkpoint_on_sigterm(self) -> Iterator[None]:
+        """Write a checkpoint before the process ends on SIGTERM. Leaves a handler that somebody else (submitit) has installed."""
+        usable = threading.current_thread() is threading.main_thread()
+        if not usable or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+            yield
+            return
+        signal.signal(signal.SIGTERM, self._on_sigterm)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def _on_sigterm(self, _signal: int, _frame: Any) -> None:
+        if self._updating:
+            self._stop_requested = True
+        else:
+            self._save_and_stop()
+
+    def _save_and_stop(self) -> None:
+        logging.warning(f"SIGTERM: writing a checkpoint of step {self._step_of_weights} and stopping.")
+        self.save(checkpoint_file="checkpoint.pt", training_state=True)
+        raise SystemExit(128 + signal.SIGTERM)
+
+
+def _mean_of_anything(loss_fn: DDPLoss, num_samples: int, loss: Tensor) -> Tensor:
+    """Mean over all ranks as fairchem takes it, except that a mean over nothing is 0 and not nan."""
+    count = distutils.all_reduce(num_samples, device=loss.device)
+    return loss * distutils.get_world_size() / max(count, 1)
+
+
+def _look_at(batch: Any) -> _OnHost:
+    """Read sizes and flags of a batch; in training it is still on the host then."""
+    sizes = torch.as_tensor(batch[keys.NATOMS]).reshape(-1).cpu()
+    if keys.FIXED in batch:
+        free = (batch[keys.FIXED] == 0).cpu().long()
+        structure = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
+        has_free = torch.zeros(len(sizes), dtype=torch.long).index_add_(0, structure, free) > 0
+    else:
+        has_free = torch.ones(len(sizes), dtype=torch.bool)
+    corrupted = batch[keys.CORRUPTED].tolist() if keys.CORRUPTED in batch else None
+    return _OnHost(sizes.tolist(), has_free.tolist(), corrupted)
+
+
+def _require_noise(out: dict[str, Tensor], model: Any) -> None:
+    if keys.NOISE not in out:
+        raise ValueError(
+            f"The model {type(model).__name__} does not predict noise, so it cannot be trained with DeNS. Choose a force-conditioned model "
+            "('model.name: fairchem_dens.models.EquiformerV2DeNS'), or remove 'dens' and the loss on noise."
+        )
