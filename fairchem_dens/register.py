@@ -10,7 +10,7 @@ from fairchem.core.common.registry import registry
 from fairchem.core.modules import transforms as fairchem_transforms
 
 import fairchem_dens
-from fairchem_dens.data.oc20_md import DeNSLmdbDataset
+from fairchem_dens.data.dens_lmdb import DeNSLmdbDataset
 from fairchem_dens.models import EquiformerV2DeNS
 from fairchem_dens.trainer import DeNSTrainer
 from fairchem_dens.transforms import dens

@@ -16,16 +16,25 @@ import fairchem_dens
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the actions `list` and `copy`."""
     actions = parser.add_subparsers(title="actions", metavar="ACTION", dest="action", required=True)
-    actions.add_parser("list", help="print the name and the first line of each", description=(
-        "Print the name of each shipped configuration and what it is for."
-    ))
-    copy = actions.add_parser("copy", help="copy them to a folder of your own", description=(
-        "Copy configurations, and the files that they include, to a folder, keeping their place below it. "
-        "Files that are already there and differ are an error unless --force is given."
-    ))
-    copy.add_argument("names", nargs="*", metavar="NAME", help=(
-        "a name or folder that `configs list` prints, e.g. oc20; default: all"
-    ))
+    actions.add_parser(
+        "list",
+        help="print the name and the first line of each",
+        description=("Print the name of each shipped configuration and what it is for."),
+    )
+    copy = actions.add_parser(
+        "copy",
+        help="copy them to a folder of your own",
+        description=(
+            "Copy configurations, and the files that they include, to a folder, keeping their place below "
+            "it. Files that are already there and differ are an error unless --force is given."
+        ),
+    )
+    copy.add_argument(
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help=("a name or folder that `configs list` prints, e.g. oc20; default: all"),
+    )
     copy.add_argument("destination", type=Path, metavar="FOLDER", help="where to; made if missing")
     copy.add_argument("--force", action="store_true", help="overwrite files that differ")
 
@@ -33,8 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the chosen action and returns its exit status."""
     if args.action == "list":
-        width = max(map(len, config_names()))
-        for name in config_names():
+        runs = [name for name in config_names() if not name.startswith("includes/")]
+        width = max(map(len, runs), default=0)
+        for name in runs:
             print(f"{name:{width}}  {summary(configs_folder() / name)}".rstrip())
     else:
         for path in copy_configs(args.names, args.destination, force=args.force):
@@ -87,7 +97,9 @@ def copy_configs(names: Iterable[str], destination: Path, *, force: bool = False
     if not force:
         for original, copy in copies.items():
             if copy.exists() and copy.read_bytes() != original.read_bytes():
-                raise ValueError(f"{copy} exists and differs from the shipped file: choose another folder, or --force.")
+                raise ValueError(
+                    f"{copy} exists and differs from the shipped file: choose another folder, or --force."
+                )
     for original, copy in copies.items():
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(original, copy)
@@ -97,11 +109,13 @@ def copy_configs(names: Iterable[str], destination: Path, *, force: bool = False
 def _resolve(given: str) -> list[str]:
     available = config_names()
     wanted = given.strip("/")
-    matches = [name for name in available if name in (wanted, f"{wanted}.yml") or name.startswith(f"{wanted}/")]
+    exact = (wanted, f"{wanted}.yml")
+    matches = [name for name in available if name in exact or name.startswith(f"{wanted}/")]
     if matches:
         return matches
     folders = {parent.as_posix() for name in available for parent in Path(name).parents} - {"."}
-    close = get_close_matches(wanted, [*available, *(n.removesuffix(".yml") for n in available), *folders], n=1)
+    short = [name.removesuffix(".yml") for name in available]
+    close = get_close_matches(wanted, [*available, *short, *folders], n=1)
     hint = f"did you mean {close[0]!r}?" if close else "`fairchem-dens configs list` shows what there is."
     raise ValueError(f"no shipped configuration or folder is called {given!r}: {hint}")
 

@@ -1,7 +1,7 @@
 """Entry point of the `fairchem-dens` command.
 
-A subcommand is a module with `add_arguments(parser)` and `run(args) -> int`. It is imported when it is called, so that
-`--help` and the light subcommands do not wait for torch.
+A subcommand is a module with `add_arguments(parser)` and `run(args) -> int`. It is imported when it is
+called, so that `--help` and the light subcommands do not wait for torch.
 """
 
 from __future__ import annotations
@@ -14,8 +14,14 @@ from importlib import import_module
 from fairchem_dens import __version__
 
 COMMANDS = {
-    "configs": ("fairchem_dens.cli.configs", "list the training configurations that ship with the package, or copy them"),
-    "demo": ("fairchem_dens.cli.demo", "generate a small data set, train with and without DeNS on it, compare"),
+    "configs": (
+        "fairchem_dens.cli.configs",
+        "list the training configurations that ship with the package, or copy them",
+    ),
+    "demo": (
+        "fairchem_dens.cli.demo",
+        "generate a small data set, train with and without DeNS on it, and compare",
+    ),
 }
 """Name of each subcommand: its module and one line of help."""
 
@@ -37,8 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; by default the process's own.
 
     Returns:
-        The exit status: 0, or what the subcommand returns, or 2 after an error in the input, which is printed as one
-        line.
+        The exit status: 0, or what the subcommand returns, or 2 after an error in the input, which is printed
+        as one line.
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
     parser = build_parser(next((argument for argument in arguments if argument in COMMANDS), None))
@@ -49,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except BrokenPipeError:
-        # The reader has seen enough (`... | head`). Python flushes stdout once more at exit: into nothing, then.
+        # The reader has seen enough (`... | head`). Python flushes stdout once more at exit: into nothing,
+        # then.
         sys.stdout = None  # type: ignore[assignment]  # the documented value of a missing stream
         return 0
 
@@ -69,7 +76,9 @@ def build_parser(command: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fairchem_dens {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, (module_name, help_line) in COMMANDS.items():
-        subparser = subparsers.add_parser(name, help=help_line, description=help_line.capitalize() + ".")
+        subparser = subparsers.add_parser(
+            name, help=help_line, description=f"{help_line[0].upper()}{help_line[1:]}."
+        )
         if name == command:
             module = import_module(module_name)
             module.add_arguments(subparser)

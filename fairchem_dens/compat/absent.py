@@ -13,8 +13,8 @@ def absent_function(package: str, name: str) -> Any:
         name: The function's name.
 
     Returns:
-        A callable that takes anything and raises an ImportError naming `package`. Its docstring names the argument
-        `batch_size`, because torch_geometric reads docstrings to learn which signature it may use.
+        A callable that takes anything and raises an ImportError naming `package`. Its docstring names the
+        argument `batch_size`, because torch_geometric reads docstrings to learn which signature it may use.
     """
 
     def absent(*args: Any, **kwargs: Any) -> NoReturn:
@@ -36,13 +36,15 @@ def absent_class(package: str, name: str) -> type:
             raise ImportError(_sentence(package, name))
 
         def __getattr__(cls, attribute: str) -> NoReturn:
-            if attribute.startswith("__"):  # inspection (copy, pickle, typing, doctest) must see an ordinary class
+            if attribute.startswith("__"):
+                # Inspection (copy, pickle, typing, doctest) must see an ordinary class.
                 raise AttributeError(attribute)
             raise ImportError(_sentence(package, f"{name}.{attribute}"))
 
-    return Meta(name, (), {"__module__": package.replace("-", "_"), "__doc__": f"Placeholder: needs {package}."})
+    contents = {"__module__": package.replace("-", "_"), "__doc__": f"Placeholder: needs {package}."}
+    return Meta(name, (), contents)
 
 
 def _sentence(package: str, name: str) -> str:
     module = package.replace("-", "_")
-    return f"{module}.{name} is not part of fairchem_dens's stand-in for {module}: install {package} to use it."
+    return f"{module}.{name} is not in fairchem_dens's stand-in for {module}: install {package} to use it."

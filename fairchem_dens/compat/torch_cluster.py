@@ -34,8 +34,8 @@ def radius_graph(
         r: Radius; points at exactly `r` are not connected, as in torch_cluster.
         batch: Example of each point (N,), sorted; by default all belong to one.
         loop: Whether a point is its own neighbour.
-        max_num_neighbors: Upper bound on the neighbours of a point. The nearest are kept, at equal distance those
-            of lower index. (torch_cluster keeps whichever it finds first.) None: no bound.
+        max_num_neighbors: Upper bound on the neighbours of a point. The nearest are kept, at equal distance
+            those of lower index. (torch_cluster keeps whichever it finds first.) None: no bound.
         flow: `source_to_target`: the second row of the result holds the point whose neighbours are bounded;
             `target_to_source`: the first.
         num_workers: Ignored.
@@ -106,7 +106,7 @@ def radius(
 
 def register_pyg_radius() -> None:
     """Registers `radius` as the operator `pyg::radius`, which torch_geometric 2.8 and later call."""
-    if hasattr(torch.ops.pyg, "radius"):
+    if hasattr(torch.ops.pyg, "radius"):  # type: ignore[attr-defined]  # torch 2.4 exports it implicitly
         return
     library = torch.library.Library("pyg", "FRAGMENT")
     library.define(
@@ -117,7 +117,8 @@ def register_pyg_radius() -> None:
     _libraries.append(library)
 
 
-_libraries: list[torch.library.Library] = []  # an operator lives as long as the library object it was defined by
+# An operator lives as long as the library object that it was defined by.
+_libraries: list[torch.library.Library] = []
 
 
 def _pyg_radius(
@@ -162,7 +163,7 @@ def _search(
     max_num_neighbors: int | None,
     ignore_same_index: bool,
 ) -> Tensor:
-    """`radius` for consecutive points of `y` from `offset` on, with the range of `x` to search given for each."""
+    """`radius` for consecutive points of `y` from `offset` on; `first` and `count`: where in `x`."""
     row = torch.repeat_interleave(count)
     start_of_row = count.cumsum(0) - count
     source = torch.arange(len(row), device=row.device) - start_of_row[row] + first[row]

@@ -19,9 +19,9 @@ from fairchem.core.datasets.lmdb_dataset import LmdbDataset, data_list_collater
 from torch.utils.data import DataLoader
 from torch_geometric.data import Data
 
-from fairchem_dens import keys, transforms
+from fairchem_dens import transforms
 from fairchem_dens.corruption import Corruption, corrupt
-from fairchem_dens.data.oc20_md import DeNSLmdbDataset, LazyEnvironment
+from fairchem_dens.data.dens_lmdb import DeNSLmdbDataset, LazyEnvironment
 
 RELAXATION = "/somewhere/relaxations/3/random{sid}.traj,{fid},9\n"
 MD = "/somewhere/md/3/random{sid}.traj,{fid},9\n"
@@ -174,7 +174,8 @@ def test_no_md_frame_is_ever_corrupted(folder: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(fairchem_transforms, "dens", transforms.dens, raising=False)
     settings = {"prob": 1.0, "std": 0.1, "all_atoms": True}
-    subset = create_dataset({"format": "dens_lmdb_under_test", "src": str(folder), "transforms": {"dens": settings}}, "train")
+    config = {"format": "dens_lmdb_under_test", "src": str(folder), "transforms": {"dens": settings}}
+    subset = create_dataset(config, "train")
     clean = {int(data.sid): data.pos for data in (subset[index] for index in range(len(subset)))}
     dataset = subset.dataset
     dataset.check_md_logs()
@@ -245,7 +246,7 @@ def test_equal_totals_do_not_hide_a_mismatch(folder: Path) -> None:
     lines = first.read_text().splitlines(True)
     first.write_text("".join(lines[:-1]))
     second.write_text(lines[-1] + second.read_text())
-    with pytest.raises(ValueError, match="has 2 lines for 3 frames.*has 2 lines for 1 frames"):
+    with pytest.raises(ValueError, match=r"has 2 lines for 3 frames.*has 2 lines for 1 frames"):
         DeNSLmdbDataset({"src": str(folder)}).check_md_logs()
 
 
@@ -305,9 +306,7 @@ def test_a_file_that_is_no_lmdb(tmp_path: Path) -> None:
 
 def open_count() -> int:
     """LMDB files that this process holds open."""
-    return sum(
-        os.path.realpath(f"/proc/self/fd/{fd}").endswith(".lmdb") for fd in os.listdir("/proc/self/fd")
-    )
+    return sum(os.path.realpath(fd).endswith(".lmdb") for fd in Path("/proc/self/fd").iterdir())
 
 
 def load(dataset: DeNSLmdbDataset, workers: int, context: str | None) -> list[tuple[int, bool]]:

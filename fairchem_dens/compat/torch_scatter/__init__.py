@@ -1,8 +1,9 @@
 """Stand-in for torch_scatter on plain torch: sums, means, products, minima and maxima of groups of values.
 
-It follows the real package where callers can tell: groups without values are 0 (1 for products), `out` takes part in
-the reduction and is written to, minimum and maximum pass their gradient to one element, the first of equals. It does
-not go through torch_geometric's `scatter`, which knows neither `out` nor an index of more than one dimension.
+It follows the real package where callers can tell: groups without values are 0 (1 for products), `out` takes
+part in the reduction and is written to, minimum and maximum pass their gradient to one element, the first of
+equals. It does not go through torch_geometric's `scatter`, which knows neither `out` nor an index of more
+than one dimension.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from fairchem_dens.compat.absent import absent_function
 from .utils import broadcast
 
 __version__ = "0+fairchem.dens"
+
 
 def scatter(
     src: Tensor,
@@ -81,11 +83,12 @@ def scatter_mean(
 ) -> Tensor:
     """Mean of each group; arguments as for `scatter`.
 
-    As in the real package, `out` enters the sum but not the count, and integers are divided with rounding down.
+    As in the real package, `out` enters the sum but not the count, and integers are divided with rounding
+    down.
     """
     index = broadcast(index, src, dim)
     out = scatter_sum(src, index, dim, out, dim_size)
-    count = torch.zeros_like(out, requires_grad=False).scatter_add_(dim, index, torch.ones_like(src)).clamp_(min=1)
+    count = torch.zeros_like(out).scatter_add_(dim, index, torch.ones_like(src)).clamp_(min=1)
     return out.div_(count) if out.is_floating_point() else out.div_(count, rounding_mode="floor")
 
 
@@ -129,7 +132,8 @@ def segment_csr(src: Tensor, indptr: Tensor, out: Tensor | None = None, reduce: 
 
     Args:
         src: Values.
-        indptr: Where segments start and end, one entry more than segments; leading dimensions broadcast to `src`'s.
+        indptr: Where segments start and end, one entry more than segments; leading dimensions broadcast to
+            `src`'s.
         out: Tensor to overwrite with the result.
         reduce: As for `scatter`.
 
@@ -139,7 +143,8 @@ def segment_csr(src: Tensor, indptr: Tensor, out: Tensor | None = None, reduce: 
     dim = indptr.dim() - 1
     segments = indptr.size(dim) - 1
     positions, inside = _segment_of_position(indptr, src, src.size(dim))
-    # Values before the first and after the last segment belong to none: they go to one group more, which is dropped.
+    # Values before the first and after the last segment belong to none: they go to one group more, which is
+    # dropped.
     index = torch.where(inside, positions, segments)
     result = scatter(src, _leading(index, src), dim, None, segments + 1, reduce).narrow(dim, 0, segments)
     return result if out is None else out.copy_(result)
@@ -193,8 +198,9 @@ def _extremum(
     start = src.new_zeros(_reduced_shape(src, index, dim, dim_size)) if out is None else out.detach()
     best = start.scatter_reduce(dim, index, values, reduce=reduce, include_self=out is not None)
 
-    # Torch's own gradient of a minimum is shared among equals. Taking the value from one position instead gives the
-    # whole gradient to that one, as torch_scatter does, and the position is part of the answer anyway.
+    # Torch's own gradient of a minimum is shared among equals. Taking the value from one position instead
+    # gives the whole gradient to that one, as torch_scatter does, and the position is part of the answer
+    # anyway.
     best_of_group = best.gather(dim, index)
     attained = (values == best_of_group) | (values.isnan() & best_of_group.isnan())
     positions = torch.arange(none, device=src.device).view(-1, *[1] * (src.dim() - dim - 1)).expand_as(index)

@@ -11,8 +11,8 @@ def broadcast(src: torch.Tensor, other: torch.Tensor, dim: int) -> torch.Tensor:
     Plain enough for TorchScript, because fairchem's GemNet-GP scripts a function that calls it.
 
     Args:
-        src: The index. One-dimensional: it runs along `dim` of `other`. Otherwise its dimensions are the leading
-            ones of `other`, size 1 standing for any size.
+        src: The index. One-dimensional: it runs along `dim` of `other`. Otherwise its dimensions are the
+            leading ones of `other`, size 1 standing for any size.
         other: The values.
         dim: Dimension of `other` that a one-dimensional index runs along; may be negative.
 
