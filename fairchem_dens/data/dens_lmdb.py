@@ -1,8 +1,8 @@
 """OC20 All+MD: fairchem's LMDB data set that knows which frames are from molecular dynamics.
 
 Training on All+MD never corrupts frames of the MD split, and the records do not say which they are. The logs
-beside the LMDBs do: ``data_log.0000.txt`` has one line for each frame of ``data.0000.lmdb``, in the same order,
-such as ``/somewhere/relaxations/7/random1.traj,5,12``. MD frames have ``md`` in their path instead.
+beside the LMDBs do: ``data_log.0000.txt`` has one line for each frame of ``data.0000.lmdb``, in the same
+order, such as ``/somewhere/relaxations/7/random1.traj,5,12``. MD frames have ``md`` in their path instead.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ _SHOWN_PROBLEMS = 3
 class DeNSLmdbDataset(LmdbDataset):
     """fairchem's ``lmdb`` data set whose structures carry ``md``, (1,) bool, before any transform sees them.
 
-    Splits inherit the settings of the train split, and logs are there for train only. A log that is missing or
-    does not fit is therefore no error here: the frames then keep the ``md`` they were stored with, if any, and
-    `check_md_logs` says what is wrong. A trainer that is about to corrupt the data set calls it.
+    Splits inherit the settings of the train split, and logs are there for train only. A log that is missing
+    or does not fit is therefore no error here: the frames then keep the ``md`` they were stored with, if any,
+    and `check_md_logs` says what is wrong. A trainer that is about to corrupt the data set calls it.
 
     LMDB files are opened on first use, once per process and file, so that the data set can be pickled into
     spawned workers and is safe in forked ones.
@@ -43,7 +43,8 @@ class DeNSLmdbDataset(LmdbDataset):
 
     Raises:
         FileNotFoundError: ``src`` does not exist, or is a folder without LMDBs.
-        ValueError: ``src`` is missing or not one path, ``md_logs`` has an unknown value, or a file is no LMDB.
+        ValueError: ``src`` is missing or not one path, ``md_logs`` has an unknown value, or a file is not an
+            LMDB.
     """
 
     path: Path
@@ -56,13 +57,13 @@ class DeNSLmdbDataset(LmdbDataset):
         md_logs = config.get("md_logs", "require")
         if md_logs not in get_args(MdLogs):
             raise ValueError(
-                "'dataset.*.md_logs' must be 'require' (tell MD frames by the logs beside the LMDBs) or 'ignore' "
-                f"(treat all frames as relaxations), found {md_logs!r}."
+                "'dataset.*.md_logs' must be 'require' (tell MD frames by the logs beside the LMDBs) or "
+                f"'ignore' (treat all frames as relaxations), found {md_logs!r}."
             )
         super().__init__(config)
         if self.path.is_file():
-            # One file is read as a folder of one: then every structure is told its file and record (`id`) before
-            # the transforms run.
+            # One file is read as a folder of one: then every structure is told its file and record (`id`)
+            # before the transforms run.
             self.path = self.path.parent
             self.envs, self._keys = [self.env], [self._keys]
             self._keylen_cumulative = [len(self._keys[0])]
@@ -91,8 +92,8 @@ class DeNSLmdbDataset(LmdbDataset):
         """Make sure that it is known which frames are from MD.
 
         Raises:
-            ValueError: a log is missing, has not one line for each frame, or has a line that names neither kind;
-                never with ``md_logs: ignore``.
+            ValueError: a log is missing, has not one line for each frame, or has a line that names neither
+                kind; never with ``md_logs: ignore``.
         """
         if self._md_problem is not None:
             raise ValueError(self._md_problem)
@@ -102,10 +103,10 @@ class DeNSLmdbDataset(LmdbDataset):
 
 
 class LazyEnvironment:
-    """A read-only LMDB file, opened on first use and anew in each process. Copies and pickles carry only its path.
+    """A read-only LMDB file, opened on first use and anew in each process. Pickles carry only its path.
 
-    Handles on the same file share one environment, because LMDB refuses to open a file twice in a process (train
-    and val may well be the same file).
+    Handles on the same file share one environment, because LMDB refuses to open a file twice in a process
+    (train and val may well be the same file).
 
     Args:
         path: the file.
@@ -152,7 +153,8 @@ _open_environments: WeakValueDictionary[str, lmdb.Environment] = WeakValueDictio
 def _close_inherited() -> None:
     """Close in a forked child what its parent had open.
 
-    LMDB forbids its use there, yet refuses to open the files again until it is closed. The parent's stays open.
+    LMDB forbids its use there, yet refuses
+    to open the file again until it is closed. The parent's is untouched.
     """
     for env in list(_open_environments.values()):
         env.close()
@@ -237,9 +239,9 @@ def _read_logs(files: Sequence[Path], counts: Sequence[int]) -> tuple[list[_Flag
     more = len(problems) - _SHOWN_PROBLEMS
     said = "; ".join(problems[:_SHOWN_PROBLEMS]) + (f"; and {more} more" if more > 0 else "")
     return None, (
-        f"It is not known which frames are from MD and must not be corrupted: {said}. Each data.NNNN.lmdb needs "
-        "beside it a data_log.NNNN.txt with one line a frame, whose path contains 'relaxations' or 'md'. If there are "
-        "no MD frames, set 'dataset.train.md_logs: ignore'."
+        f"It is not known which frames are from MD and must not be corrupted: {said}. Each data.NNNN.lmdb "
+        "needs beside it a data_log.NNNN.txt with one line a frame, whose path contains 'relaxations' or 'md'."
+        " If there are no MD frames, set 'dataset.train.md_logs: ignore'."
     )
 
 

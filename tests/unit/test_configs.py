@@ -105,7 +105,9 @@ def test_every_run_is_in_the_table() -> None:
 
 
 @each_run
-def test_loads_from_any_working_directory(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loads_from_any_working_directory(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """fairchem looks for included files in the working directory first."""
     expected = load(path)
     for directory in (tmp_path, CONFIGS, CONFIGS.parent, path.parent, INCLUDES):
@@ -186,7 +188,11 @@ def test_settings_of_all_runs(path: Path) -> None:
     }
     assert (optim["load_balancing"], optim["load_balancing_on_error"]) == ("atoms", "warn_and_no_balance")
     assert train["key_mapping"] == {"y": "energy", "force": "forces"}
-    assert config["outputs"]["forces"] == {"level": "atom", "train_on_free_atoms": True, "eval_on_free_atoms": True}
+    assert config["outputs"]["forces"] == {
+        "level": "atom",
+        "train_on_free_atoms": True,
+        "eval_on_free_atoms": True,
+    }
     assert set(config["outputs"]) == {"energy", "forces"}
     assert set(config["dataset"]["val"]) == {"src"}, "the validation split inherits all else"
 
@@ -309,7 +315,9 @@ def test_header(path: Path) -> None:
         assert re.search(rf"(?<![\d.]){re.escape(number)}(?![\d])", header), number
     assert "meV/Å" in header and "meV on" in header and " val" in header
 
-    commands = re.findall(r"fairchem --mode train.*?(?=\n\s*\n|\nOne node| One node|\Z)", header, flags=re.DOTALL)
+    commands = re.findall(
+        r"fairchem --mode train.*?(?=\n\s*\n|\nOne node| One node|\Z)", header, flags=re.DOTALL
+    )
     assert len(commands) == 2
     for command in commands:
         assert f"--config-yml configs/{name_of(path)} " in command and " --amp " in command

@@ -27,7 +27,11 @@ RELAXATION = "/somewhere/relaxations/3/random{sid}.traj,{fid},9\n"
 MD = "/somewhere/md/3/random{sid}.traj,{fid},9\n"
 
 # Uneven on purpose: a flag that is looked up in the wrong file or place shows.
-SHARDS: list[list[bool]] = [[False, True, True], [True], [False, False, True, False, True, False, False, True, True, False]]
+SHARDS: list[list[bool]] = [
+    [False, True, True],
+    [True],
+    [False, False, True, False, True, False, False, True, True, False],
+]
 FLAT = [flag for shard in SHARDS for flag in shard]
 
 
@@ -161,7 +165,11 @@ def test_md_is_there_before_the_transforms(folder: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(fairchem_transforms, "probe", probe, raising=False)
     dataset = DeNSLmdbDataset(
-        {"src": str(folder), "transforms": {"normalizer": {}, "probe": {"on": True}}, "key_mapping": {"force": "forces"}}
+        {
+            "src": str(folder),
+            "transforms": {"normalizer": {}, "probe": {"on": True}},
+            "key_mapping": {"force": "forces"},
+        }
     )
     assert set(dataset.transforms.config) == {"normalizer", "probe"}
     assert "forces" in dataset[0]

@@ -1,0 +1,316 @@
+"""What the demo is going to do: its size, its folder, its configurations and the commands it will run."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fairchem_dens.cli.configs import copy_configs
+from fairchem_dens.data.emt import EmtSettings
+
+RUNS = ("baseline", "dens")
+MODES = ("train", "validate", "predict")
+TITLES = {"baseline": "without DeNS", "dens": "with DeNS"}
+PRINT_EVERY = 10
+"""Steps between two lines of fairchem's log, and over which it averages the metrics of training."""
+
+_BATCH_SIZE = 8  # as in configs/demo/base.yml
+_MOST_EVALUATIONS = 25
+_STEPS_BETWEEN_CHECKPOINTS = 50
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """How much to compute.
+
+    Attributes:
+        train_systems, val_systems, test_systems, frames_per_system: size of the generated set.
+        epochs: epochs of either run.
+        says: what to expect, in a few words.
+    """
+
+    train_systems: int
+    val_systems: int
+    test_systems: int
+    frames_per_system: int
+    epochs: int
+    says: str
+
+
+BUDGETS = {
+    "ci": Budget(
+        train_systems=20,
+        val_systems=8,
+        test_systems=8,
+        frames_per_system=4,
+        epochs=8,
+        says="under 2.5 minutes on two cores; shows that all works, far too short to compare methods",
+    ),
+    "default": Budget(
+        train_systems=40,
+        val_systems=24,
+        test_systems=24,
+        frames_per_system=4,
+        epochs=55,
+        says="under 10 minutes on two cores",
+    ),
+    "long": Budget(
+        train_systems=75,
+        val_systems=50,
+        test_systems=50,
+        frames_per_system=4,
+        epochs=250,
+        says="about an hour on two cores; little data, many epochs: where DeNS pays",
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """All that decides what the demo computes. The same settings on the same machine give the same numbers.
+
+    Attributes:
+        budget: name of the budget that the other values started from.
+        seed: seed of the data, of the initial weights, of the order of batches and of the noise.
+        epochs: epochs of either run.
+        data: the generated set.
+        cpu: whether to leave a GPU alone.
+    """
+
+    budget: str
+    seed: int
+    epochs: int
+    data: EmtSettings
+    cpu: bool
+
+    @classmethod
+    def make(
+        cls,
+        *,
+        budget: str = "default",
+        seed: int = 1,
+        epochs: int | None = None,
+        train_frames: int | None = None,
+        cpu: bool = True,
+    ) -> Settings:
+        """Start from a budget and change some of it.
+
+        Args:
+            budget: a key of `BUDGETS`.
+            seed: see above.
+            epochs: instead of the budget's.
+            train_frames: instead of the budget's; rounded up to whole systems.
+            cpu: see above.
+
+        Raises:
+            ValueError: an unknown budget, or a number below 1.
+        """
+        if budget not in BUDGETS:
+            raise ValueError(f"There is no budget '{budget}': choose one of {', '.join(BUDGETS)}.")
+        for option, value in (("--epochs", epochs), ("--train-frames", train_frames)):
+            if value is not None and value < 1:
+                raise ValueError(f"'{option}' must be at least 1, found {value}.")
+        chosen = BUDGETS[budget]
+        train_systems = chosen.train_systems
+        if train_frames is not None:
+            train_systems = math.ceil(train_frames / chosen.frames_per_system)
+        data = EmtSettings(
+            train_systems=train_systems,
+            val_systems=chosen.val_systems,
+            test_systems=chosen.test_systems,
+            frames_per_system=chosen.frames_per_system,
+            seed=seed,
+        )
+        return cls(
+            budget=budget,
+            seed=seed,
+            epochs=chosen.epochs if epochs is None else epochs,
+            data=data,
+            cpu=cpu,
+        )
+
+
+class Folder:
+    """Where the demo keeps what. All paths are below ``root``."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root).absolute()
+        self.data = self.root / "data"
+        self.configs = self.root / "configs"
+        self.logs = self.root / "logs"
+        self.predictions = self.root / "predictions"
+        self.commands = self.root / "commands.txt"
+        self.results = self.root / "results.json"
+        self.report = self.root / "report.md"
+        self.curves = self.root / "curves.png"
+        self.picture = self.root / "structure.png"
+        self._state = self.root / ".state"
+        self.lock = self._state / "lock"
+
+    def make(self) -> None:
+        """Make the folders that everything else expects."""
+        for folder in (self.root, self.configs, self.logs, self.predictions, self._state):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def checkpoint(self, run: str) -> Path:
+        """The checkpoint that a run resumes from and ends with."""
+        return self.root / "checkpoints" / run / "checkpoint.pt"
+
+    def events(self, identifier: str) -> Path:
+        """TensorBoard's files of one fairchem command."""
+        return self.root / "logs" / "tensorboard" / identifier
+
+    def read_state(self, name: str) -> Any:
+        """Return what `write_state` recorded under ``name``, or None."""
+        file = self._state / f"{name}.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+    def write_state(self, name: str, content: Any) -> None:
+        """Record ``content`` so that a later start finds all of it or nothing."""
+        write_text(self._state / f"{name}.json", json.dumps(content, indent=2) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a text file aside and rename it: it is never seen half written."""
+    aside = file.with_name(f".{file.name}.partial")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(file)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One fairchem command.
+
+    Attributes:
+        run: ``baseline`` or ``dens``.
+        mode: fairchem's ``--mode``.
+        arguments: what follows ``fairchem``, relative to the demo's folder.
+    """
+
+    run: str
+    mode: str
+    arguments: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """The name under which its end is recorded and its log is kept."""
+        return f"{self.run}-{self.mode}"
+
+    @property
+    def command(self) -> str:
+        """The command as one would type it in the demo's folder."""
+        return shlex.join(("fairchem", *self.arguments))
+
+
+def stages(settings: Settings) -> Iterator[tuple[Stage, ...]]:
+    """Yield groups of commands: those of one group are independent of each other, a group needs the one before it."""
+    for mode in MODES:
+        yield tuple(_stage(run, mode, settings) for run in RUNS)
+
+
+def _stage(run: str, mode: str, settings: Settings) -> Stage:
+    # A fixed --timestamp-id is how fairchem finds the checkpoint of a run that was cut off, and resumes it.
+    identifier = run if mode == "train" else f"{run}-{mode}"
+    arguments = ["--mode", mode, "--config-yml", f"configs/{run}.yml", "--run-dir", "."]
+    arguments += ["--identifier", identifier, "--timestamp-id", identifier, "--seed", str(settings.seed)]
+    if mode == "train":
+        arguments += ["--print-every", str(PRINT_EVERY)]
+    else:
+        arguments += ["--checkpoint", f"checkpoints/{run}/checkpoint.pt"]
+    if settings.cpu:
+        arguments.append("--cpu")
+    return Stage(run, mode, tuple(arguments))
+
+
+def steps_per_epoch(train_frames: int) -> int:
+    """Optimizer steps of an epoch."""
+    return math.ceil(train_frames / _BATCH_SIZE)
+
+
+def write_configs(folder: Folder, settings: Settings, summary: dict[str, Any]) -> None:
+    """Write the YAMLs of both runs: the shipped ones, and two that include them and add what depends on the data.
+
+    Args:
+        folder: where to; they end in ``configs/``.
+        settings: the demo's.
+        summary: what `fairchem_dens.data.emt.generate` returned.
+    """
+    copy_configs(["demo"], folder.configs, force=True)
+    train = summary["splits"]["train"]
+    per_epoch = steps_per_epoch(train["frames"])
+    normalizer = {
+        "energy": {"mean": _rounded(train["energy_mean"]), "rmsd": _rounded(train["energy_std"])},
+        "forces": {"mean": 0.0, "rmsd": _rounded(train["force_rms"])},
+    }
+    added = {
+        "dataset": {
+            "train": {"src": "data/train", "transforms": {"normalizer": normalizer}},
+            "val": {"src": "data/val"},
+            "test": {"src": "data/test"},
+        },
+        "optim": {
+            "max_epochs": settings.epochs,
+            "eval_every": per_epoch * math.ceil(settings.epochs / _MOST_EVALUATIONS),
+            "checkpoint_every": _STEPS_BETWEEN_CHECKPOINTS,
+        },
+    }
+    for run in RUNS:
+        text = yaml.safe_dump({"includes": [f"demo/{run}.yml"], **added}, sort_keys=False)
+        head = f"# Written by `fairchem-dens demo`: its run {TITLES[run]}, with this data set's paths and normalisers.\n"
+        write_text(folder.configs / f"{run}.yml", head + text)
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.6g}")
+
+
+def write_commands(folder: Folder, settings: Settings, executable: str, environment: dict[str, str]) -> None:
+    """Write the exact commands of the demo, to be pasted into a shell."""
+    lines = [
+        "# The fairchem commands of this demo. The data set in data/ was generated before them.",
+        "# A training command that is given again resumes: --timestamp-id names the folder with its checkpoint.",
+        f"cd {shlex.quote(str(folder.root))}",
+        f"export PATH={shlex.quote(str(Path(executable).parent))}:$PATH",
+        "export " + " ".join(f"{name}={value}" for name, value in environment.items()),
+    ]
+    for group in stages(settings):
+        lines += ["", *(stage.command for stage in group)]
+    write_text(folder.commands, "\n".join(lines) + "\n")
+
+
+def fairchem_executable() -> list[str]:
+    """How to call the ``fairchem`` of this Python: its console script, or the module behind it."""
+    script = Path(sys.executable).with_name("fairchem")
+    return [str(script)] if script.is_file() else [sys.executable, "-m", "fairchem.core._cli"]
+
+
+def claim(folder: Folder, settings: Settings) -> None:
+    """Bind a folder to these settings, so that what is in it is resumed and never mixed with something else.
+
+    Raises:
+        ValueError: it holds a demo with other settings, or files that are not of a demo.
+    """
+    wanted = asdict(settings)
+    found = folder.read_state("settings")
+    if found is None:
+        if folder.root.is_dir() and any(path.name != ".state" for path in folder.root.iterdir()):
+            raise ValueError(
+                f"'{folder.root}' exists and is not the folder of a demo: choose another with --out."
+            )
+        folder.make()
+        folder.write_state("settings", wanted)
+    elif found != wanted:
+        names = [name for name, value in wanted.items() if found.get(name) != value]
+        raise ValueError(
+            f"'{folder.root}' holds a demo with other settings (different: {', '.join(names)}). Give the options it was started with "
+            "to resume it, remove the folder, or choose another with --out."
+        )
+    folder.make()

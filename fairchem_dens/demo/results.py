@@ -1,0 +1,212 @@
+"""Collect what the runs of the demo brought: learning curves, errors on val and test, and how well the noise is predicted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from fairchem.core.common.registry import registry
+from fairchem.core.modules.exponential_moving_average import ExponentialMovingAverage
+from torch_geometric.data import Batch, Data
+
+from fairchem_dens import checkpoints, keys
+from fairchem_dens.corruption import Corruption, corrupt
+from fairchem_dens.data.lmdb import read_lmdb
+from fairchem_dens.demo.plan import Folder
+
+Curve = dict[int, float]
+"""A logged quantity by optimizer step."""
+
+METRICS = ("energy_mae", "forces_mae", "forces_cosine_similarity")
+"""eV, eV/Å, and the mean cosine of the angle between predicted and true force; all as fairchem names and defines them."""
+
+PREDICTIONS_FILE = "s2ef_predictions.npz"
+_DENOISING_BATCH = 32
+
+
+def read_curves(folder: str | Path) -> dict[str, Curve]:
+    """Read all scalars that fairchem logged for TensorBoard.
+
+    A resumed run has several files; where they overlap, the steps of the latest count.
+
+    Args:
+        folder: the folder with the event files.
+
+    Raises:
+        FileNotFoundError: it has none.
+    """
+    curves: dict[str, Curve] = {}
+    for _, scalars in _event_files(folder):
+        for tag, events in scalars.items():
+            curves.setdefault(tag, {}).update({event.step: event.value for event in events})
+    return {tag: dict(sorted(curve.items())) for tag, curve in curves.items()}
+
+
+def training_seconds(folder: str | Path) -> float:
+    """Wall time of a training in seconds, its evaluations included and the start-up of the process not.
+
+    Each step counts once, however often the run was cut off and resumed.
+    """
+    durations: dict[int, float] = {}
+    for _, scalars in _event_files(folder):
+        events = scalars.get("train/loss", [])
+        for before, after in zip(events[:-1], events[1:], strict=True):
+            if after.step == before.step + 1:
+                durations[after.step] = after.wall_time - before.wall_time
+    if not durations:
+        return math.nan
+    # The first step of a process has nothing before it to be counted from.
+    missing = max(durations) - len(durations)
+    return sum(durations.values()) + missing * median(durations.values())
+
+
+def _event_files(folder: str | Path) -> list[tuple[Path, dict[str, list[Any]]]]:
+    from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
+
+    # The time is in the name, with a fixed number of digits.
+    files = sorted(Path(folder).glob("events.out.tfevents.*"))
+    if not files:
+        raise FileNotFoundError(f"There is no TensorBoard file in '{folder}': the command that writes it has not run.")
+    read = []
+    for file in files:
+        accumulator = EventAccumulator(str(file), size_guidance={SCALARS: 0})
+        accumulator.Reload()
+        read.append((file, {tag: accumulator.Scalars(tag) for tag in accumulator.Tags()[SCALARS]}))
+    return read
+
+
+def validation_metrics(folder: Folder, run: str) -> dict[str, float]:
+    """Return `METRICS` on the validation split, as ``fairchem --mode validate`` found them."""
+    curves = read_curves(folder.events(f"{run}-validate"))
+    return {name: list(curves[f"val/{name}"].values())[-1] for name in METRICS}
+
+
+def prediction_metrics(predictions: str | Path, labels: str | Path) -> dict[str, float]:
+    """Compare predictions of fairchem with the labels of an LMDB.
+
+    Args:
+        predictions: the npz that ``fairchem --mode predict`` wrote: ``ids``, ``energy`` and the forces on free atoms, one structure after
+            the other, with the places to split at in ``chunk_idx``.
+        labels: the LMDB folder.
+
+    Returns:
+        `METRICS`, as fairchem defines them: the force error is a mean over components, the cosine one over atoms.
+
+    Raises:
+        ValueError: a structure has no prediction.
+    """
+    with np.load(predictions) as file:
+        energies = dict(zip(file["ids"].tolist(), file["energy"].reshape(-1).tolist(), strict=True))
+        forces = dict(zip(file["ids"].tolist(), np.split(file["forces"], file["chunk_idx"]), strict=True))
+    energy_errors, force_errors, cosines = [], [], []
+    for data in read_lmdb(labels):
+        name = f"{data[keys.SID]}_{data[keys.FID]}"
+        if name not in energies:
+            raise ValueError(f"'{predictions}' has no prediction for the structure {name} of '{labels}'.")
+        true = data[keys.FORCES][data[keys.FIXED] == 0]
+        predicted = torch.from_numpy(forces[name]).to(true)
+        energy_errors.append(abs(energies[name] - data[keys.ENERGY]))
+        force_errors.append((predicted - true).abs().flatten())
+        cosines.append(torch.cosine_similarity(predicted, true, dim=-1))
+    values = (np.mean(energy_errors), torch.cat(force_errors).mean(), torch.cat(cosines).mean())
+    return dict(zip(METRICS, map(float, values), strict=True))
+
+
+def load_model(checkpoint_file: str | Path) -> torch.nn.Module:
+    """Return the model of a checkpoint with the moving average of its weights, in evaluation mode, on the CPU."""
+    checkpoint = checkpoints.read(checkpoint_file)
+    settings = dict(checkpoint["config"]["model"])
+    model = registry.get_model_class(settings.pop("name"))(**settings)
+    model.load_state_dict({name.removeprefix("module."): value for name, value in checkpoint["state_dict"].items()})
+    if checkpoint.get("ema"):
+        average = ExponentialMovingAverage(model.parameters(), decay=0.0)
+        average.load_state_dict(checkpoint["ema"])
+        average.copy_to()
+    return model.eval()
+
+
+@dataclass(frozen=True)
+class Denoised:
+    """One structure: as it was, corrupted, and with the model's guess of the noise taken away again.
+
+    Attributes:
+        clean: the structure.
+        corrupted_pos: (N, 3), Å.
+        denoised_pos: (N, 3), Å; atoms that were not corrupted stay where they are.
+        noise_mask: (N,), which atoms were corrupted.
+    """
+
+    clean: Data
+    corrupted_pos: np.ndarray
+    denoised_pos: np.ndarray
+    noise_mask: np.ndarray
+
+    def rmsd(self, pos: np.ndarray) -> float:
+        """Root mean square distance, in Å, of the corrupted atoms from where they were."""
+        moved = (pos - self.clean[keys.POS].numpy())[self.noise_mask]
+        return float(np.sqrt((moved**2).sum(axis=1).mean()))
+
+    @property
+    def gain(self) -> float:
+        """How much of the displacement is left, as a factor."""
+        return self.rmsd(self.denoised_pos) / self.rmsd(self.corrupted_pos)
+
+
+def denoise(
+    model: torch.nn.Module, structures: Sequence[Data], corruption: Corruption, seed: int = 0
+) -> list[Denoised]:
+    """Corrupt structures that the model has not been trained on, and let it guess the noise from the forces.
+
+    Structures in which no atom happens to be chosen are left out.
+
+    Args:
+        model: a trained model with a noise head.
+        structures: clean structures with forces.
+        corruption: noise level and ratio; all structures are corrupted, whatever its probability.
+        seed: of the noise.
+    """
+    denoised = []
+    for start in range(0, len(structures), _DENOISING_BATCH):
+        chunk = list(structures[start : start + _DENOISING_BATCH])
+        noisy = [corrupt(data, corruption, seed=seed, epoch=0, selected=True) for data in chunk]
+        batch = Batch.from_data_list(noisy)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            guess = model(batch)[keys.NOISE] * corruption.noise_scale
+        guess = torch.where(batch[keys.NOISE_MASK][:, None], guess, torch.zeros_like(guess))
+        sizes = [data[keys.POS].shape[0] for data in chunk]
+        for clean, corrupted, displacement in zip(chunk, noisy, torch.split(guess, sizes), strict=True):
+            if bool(corrupted[keys.CORRUPTED].any()):
+                denoised.append(
+                    Denoised(
+                        clean=clean,
+                        corrupted_pos=corrupted[keys.POS].numpy(),
+                        denoised_pos=(corrupted[keys.POS] - displacement).numpy(),
+                        noise_mask=corrupted[keys.NOISE_MASK].numpy(),
+                    )
+                )
+    return denoised
+
+
+def denoising_mae(denoised: Sequence[Denoised]) -> tuple[float, float]:
+    """Return two mean absolute errors, in Å, over the components of the corrupted atoms: of the model, and of guessing no noise at all."""
+    left, before = [], []
+    for item in denoised:
+        clean = item.clean[keys.POS].numpy()
+        left.append(np.abs(item.denoised_pos - clean)[item.noise_mask])
+        before.append(np.abs(item.corrupted_pos - clean)[item.noise_mask])
+    return float(np.concatenate(left).mean()), float(np.concatenate(before).mean())
+
+
+def typical(denoised: Sequence[Denoised]) -> Denoised:
+    """Return the structure in which the model did neither well nor badly: that with the median share of displacement left.
+
+    Only structures with at least three corrupted atoms compete, as far as there are any.
+    """
+    candidates = [item for item in denoised if item.noise_mask.sum() >= 3] or list(denoised)
+    return sorted(candidates, key=lambda item: item.gain)[len(candidates) // 2]
