@@ -43,9 +43,11 @@ $(VENV)/wheel: pyproject.toml $(SOURCES) | $(VENV)/created
 # Only a change of the requirements comes here again.
 $(VENV)/dependencies: $(PINS) pyproject.toml | $(VENV)/wheel
 ifeq ($(LANE),declared)
-	$(PIP) install --quiet --progress-bar off $(PIP_ARGS) --constraint $(PINS) "$$(echo $(VENV)/dist/*.whl)[test]"
+	@echo "Installing the dependencies: minutes, and several GB where torch comes with CUDA."
+	$(PIP) install $(PIP_ARGS) --constraint $(PINS) "$$(echo $(VENV)/dist/*.whl)[test]"
 else
-	$(PIP) install --quiet --progress-bar off $(PIP_ARGS) --requirement $(PINS)
+	@echo "Installing the dependencies: minutes, and several GB where torch comes with CUDA."
+	$(PIP) install $(PIP_ARGS) --requirement $(PINS)
 	$(PIP) install --quiet --no-deps $(PIP_ARGS) fairchem-core==1.10.0
 endif
 	@touch $@

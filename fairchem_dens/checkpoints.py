@@ -32,9 +32,9 @@ def put_in_place(written: str | Path, file_name: str) -> str:
         The final path.
     """
     final = Path(written).with_name(file_name)
-    with open(written, "rb") as file:
+    with Path(written).open("rb") as file:
         os.fsync(file.fileno())
-    os.replace(written, final)
+    Path(written).replace(final)
     return str(final)
 
 
@@ -51,13 +51,14 @@ def read(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged, or holds something else than tensors and plain values.
     """
-    if not os.path.isfile(path):
+    if not Path(path).is_file():
         raise FileNotFoundError(f"There is no checkpoint '{path}'.")
     try:
         checkpoint = torch.load(path, map_location=map_location, weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(
-            f"'{path}' cannot be read as a checkpoint of tensors and plain values; it is damaged, or holds objects that only the code that wrote it can "
+            f"'{path}' cannot be read as a checkpoint of tensors and plain values; it is damaged, or holds "
+            "objects that only the code that wrote it can "
             f"load. torch says: {str(error).splitlines()[0]}"
         ) from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
@@ -65,13 +66,17 @@ def read(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
     version = (checkpoint.get("config") or {}).get("fairchem_dens", {}).get("checkpoint_version", 0)
     if version > CHECKPOINT_VERSION:
         raise ValueError(
-            f"'{path}' has checkpoint version {version}, this fairchem_dens reads up to {CHECKPOINT_VERSION}: install a newer fairchem_dens."
+            f"'{path}' has checkpoint version {version}, this fairchem_dens reads up to "
+            f"{CHECKPOINT_VERSION}: install a newer fairchem_dens."
         )
     return checkpoint
 
 
 def plain(value: Any) -> Any:
-    """Return ``value`` with paths, tuples and numpy scalars turned into what ``torch.load(weights_only=True)`` accepts."""
+    """Return ``value`` with paths, tuples and numpy scalars made plain.
+
+    ``torch.load(weights_only=True)`` accepts nothing else.
+    """
     if isinstance(value, dict):
         return {str(key) if isinstance(key, Path) else key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""From a YAML to settings: the authors' keys translated, the loss on the noise taken out, contradictions refused.
+"""From a YAML to settings: the authors' keys translated, contradictions refused.
 
 The one place that knows how DeNS was configured elsewhere.
 """
@@ -33,18 +33,19 @@ _LMDB_FORMATS = ("lmdb", "single_point_lmdb", "trajectory_lmdb", "oc22_lmdb", "d
 
 
 def translate_authors_keys(
-    optim: Mapping[str, Any], dataset: Any, loss_functions: Any
+    optim: Mapping[str, Any] | None, dataset: Any, loss_functions: Any
 ) -> tuple[dict[str, Any], Any, Any]:
     """Return ``optim``, ``dataset`` and ``loss_functions`` with the paper's own keys replaced by ours.
 
-    ``optim.use_denoising_pos``, ``optim.denoising_pos_params`` and ``optim.denoising_pos_coefficient`` become the transform ``dens`` with one coin per
-    batch and the ``noise`` entry of the losses. A ``lin_ref`` of the data set, which fairchem-core 1.10.0 ignores, becomes ``element_references``.
-    The arguments are not changed.
+    ``optim.use_denoising_pos``, ``optim.denoising_pos_params`` and ``optim.denoising_pos_coefficient`` become
+    the transform ``dens`` with one coin per batch and the ``noise`` entry of the losses. A ``lin_ref`` of the
+    data set, which fairchem-core 1.10.0 ignores, becomes ``element_references``. The arguments are not
+    changed.
 
     Raises:
         ValueError: both styles at once, an unknown parameter, or a parameter without its switch.
     """
-    optim, dataset, loss_functions = dict(optim), copy.deepcopy(dataset), copy.deepcopy(loss_functions)
+    optim, dataset, loss_functions = dict(optim or {}), copy.deepcopy(dataset), copy.deepcopy(loss_functions)
     splits = _splits(dataset)
     _move_linear_references(splits)
     theirs = {key: optim.pop(key) for key in _AUTHORS_KEYS if key in optim}
@@ -56,11 +57,13 @@ def translate_authors_keys(
     if ours is not None or any(NOISE in entry for entry in loss_functions or []):
         place = f"dataset.train.transforms.{ours}" if ours is not None else f"loss_functions.{NOISE}"
         raise ValueError(
-            f"DeNS is configured twice, by 'optim.{next(iter(theirs))}' (the authors' keys) and by '{place}': remove one of the two."
+            f"DeNS is configured twice, by 'optim.{next(iter(theirs))}' (the authors' keys) and by "
+            f"'{place}': remove one of the two."
         )
     if "use_denoising_pos" not in theirs:
         raise ValueError(
-            f"'optim.{next(iter(theirs))}' is given without 'optim.use_denoising_pos: True', which switches DeNS on."
+            f"'optim.{next(iter(theirs))}' is given without 'optim.use_denoising_pos: True', which switches "
+            "DeNS on."
         )
     if not theirs["use_denoising_pos"]:
         return optim, dataset, loss_functions
@@ -83,9 +86,7 @@ def _splits(dataset: Any) -> dict[str, dict[str, Any]]:
     """The settings of each split, whichever way fairchem accepts them; the dicts are those of ``dataset``."""
     if isinstance(dataset, list):
         named = dict(zip(("train", "val", "test"), dataset, strict=False))
-    elif isinstance(dataset, dict) and any(
-        split in dataset for split in ("train", "val", "test", "relax")
-    ):
+    elif isinstance(dataset, dict) and any(split in dataset for split in ("train", "val", "test", "relax")):
         named = dataset
     else:
         named = {"train": dataset}
@@ -139,7 +140,8 @@ def check_targets(loss_functions: Iterable[Mapping[str, Any]], outputs: Mapping[
     """
     if NOISE in outputs:
         raise ValueError(
-            f"'outputs.{NOISE}' is not an output of its own: remove it. The noise follows the settings of 'outputs.forces'."
+            f"'outputs.{NOISE}' is not an output of its own: remove it. The noise follows the settings of "
+            "'outputs.forces'."
         )
     known = set(outputs)
     for settings in outputs.values():
@@ -148,7 +150,8 @@ def check_targets(loss_functions: Iterable[Mapping[str, Any]], outputs: Mapping[
         for target in entry:
             if target not in known:
                 raise ValueError(
-                    f"'loss_functions' names '{target}', which is not under 'outputs'{nearest(target, [*known, NOISE])}."
+                    f"'loss_functions' names '{target}', which is not under "
+                    f"'outputs'{nearest(target, [*known, NOISE])}."
                 )
 
 
@@ -185,7 +188,8 @@ def check_sources(splits: Mapping[str, Mapping[str, Any]]) -> None:
         path = Path(src)
         if not path.exists():
             raise FileNotFoundError(
-                f"'dataset.{name}.src' names '{src}', which does not exist (looked in {Path.cwd()}): set it to the folder with the LMDB files."
+                f"'dataset.{name}.src' names '{src}', which does not exist (looked in {Path.cwd()}): set it "
+                "to the folder with the LMDB files."
             )
         if path.is_dir() and not any(path.glob("*.lmdb")):
             raise FileNotFoundError(

@@ -1,8 +1,8 @@
-"""Corrupting structures: which atoms are displaced, by how much, and which forces the model may see in return.
+"""Corrupting structures: which atoms are displaced, how far, and which forces the model may see for it.
 
-The noise of a structure is a pure function of (seed, epoch, structure), the structure being known by its content. It is therefore the
-same for any number of loader workers and ranks, different in each epoch, and a resumed run sees what an uninterrupted one would have.
-This module knows neither trainers nor models.
+The noise of a structure is a pure function of (seed, epoch, structure), the structure being known by its
+content. It is therefore the same for any number of loader workers and ranks, different in each epoch, and a
+resumed run sees what an uninterrupted one would have. This module knows neither trainers nor models.
 
 Source: arXiv 2403.09549, sections 3.1 to 3.3.
 """
@@ -30,14 +30,17 @@ class Corruption:
     """Settings of the corruption, checked when they are made.
 
     Attributes:
-        prob: probability that a structure (``switch: structure``) or a whole batch (``switch: batch``) is corrupted.
+        prob: probability that a structure (``switch: structure``) or a whole batch (``switch: batch``) is
+            corrupted.
         std: standard deviation σ of the noise on each coordinate, Å. Excludes the three multi-scale settings.
-        std_low, std_high, num_steps: multi-scale noise. One σ per structure, from ``num_steps`` values spaced evenly in ln σ.
+        std_low, std_high, num_steps: multi-scale noise. One σ per structure, from ``num_steps`` values spaced
+            evenly in ln σ.
         corrupt_ratio: probability that an atom of a corrupted structure is displaced. None displaces all.
         all_atoms: fixed atoms are displaced too.
         switch: what one coin of probability ``prob`` decides about.
         strict_max_ratio: leave a structure alone if more than this share of its atoms was chosen.
-        max_force_norm: leave a structure alone if the force on one of its atoms is larger, in the units of the data.
+        max_force_norm: leave a structure alone if the force on one of its atoms is larger, in the units of
+            the data.
         where: YAML path of these settings, for error messages.
 
     Raises:
@@ -64,21 +67,24 @@ class Corruption:
             self._check("std")
             if given:
                 raise ValueError(
-                    f"'{self.where}.std' is one fixed noise level and '{self.where}.{given[0]}' belongs to multi-scale noise: "
+                    f"'{self.where}.std' is one fixed noise level and '{self.where}.{given[0]}' belongs to "
+                    "multi-scale noise: "
                     "give either 'std' or all of 'std_low', 'std_high' and 'num_steps'."
                 )
         elif len(given) < len(multi_scale):
             missing = [name for name in multi_scale if name not in given]
             raise ValueError(
-                f"'{self.where}' needs a noise level: give 'std' (Å), or 'std_low', 'std_high' and 'num_steps' "
+                f"'{self.where}' needs a noise level: give 'std' (Å), or 'std_low', 'std_high' and "
+                "'num_steps' "
                 f"(missing: {', '.join(missing)})."
             )
         else:
             self._check("std_low")
             self._check("std_high")
-            if self.std_low > self.std_high:  # type: ignore[operator]  # both are numbers after the checks above
+            if self.std_low > self.std_high:  # type: ignore[operator]  # checked: both are numbers
                 raise ValueError(
-                    f"'{self.where}.std_low' ({self.std_low}) is larger than '{self.where}.std_high' ({self.std_high})."
+                    f"'{self.where}.std_low' ({self.std_low}) is larger than '{self.where}.std_high' "
+                    f"({self.std_high})."
                 )
             if isinstance(self.num_steps, bool) or not isinstance(self.num_steps, int) or self.num_steps < 1:
                 raise ValueError(
@@ -93,7 +99,8 @@ class Corruption:
             raise ValueError(f"'{self.where}.all_atoms' must be True or False, found {self.all_atoms!r}.")
         if self.switch not in get_args(Switch):
             raise ValueError(
-                f"'{self.where}.switch' must be 'structure' (a coin for each structure) or 'batch' (one coin for a batch), "
+                f"'{self.where}.switch' must be 'structure' (a coin for each structure) or 'batch' (one coin "
+                "for a batch), "
                 f"found {self.switch!r}."
             )
 
@@ -101,7 +108,12 @@ class Corruption:
         self, name: str, minimum: float = 0.0, maximum: float = math.inf, open_below: bool = True
     ) -> None:
         value = require_number(getattr(self, name), f"{self.where}.{name}")
-        if not math.isfinite(value) or value > maximum or value < minimum or (open_below and value == minimum):
+        if (
+            not math.isfinite(value)
+            or value > maximum
+            or value < minimum
+            or (open_below and value == minimum)
+        ):
             lower = f"above {minimum:g}" if open_below else f"from {minimum:g}"
             upper = f" and at most {maximum:g}" if math.isfinite(maximum) else ""
             raise ValueError(f"'{self.where}.{name}' must be {lower}{upper}, found {value:g}.")
@@ -121,7 +133,8 @@ class Corruption:
         refuse_unknown_keys(settings, [field.name for field in fields(cls) if field.name != "where"], where)
         if "prob" not in settings:
             raise ValueError(
-                f"'{where}.prob' is missing: the probability that a structure is corrupted, 0.5 on OC20 and OC22."
+                f"'{where}.prob' is missing: the probability that a structure is corrupted, 0.5 on OC20 and "
+                "OC22."
             )
         return cls(**settings, where=where)
 
@@ -136,7 +149,8 @@ class Corruption:
         """Return all values of σ, in Å, ascending."""
         if self.std is not None:
             return np.array([self.std])
-        return np.exp(np.linspace(math.log(self.std_low), math.log(self.std_high), self.num_steps))  # type: ignore[arg-type]
+        low, high = math.log(self.std_low), math.log(self.std_high)  # type: ignore[arg-type]  # checked
+        return np.exp(np.linspace(low, high, self.num_steps))  # type: ignore[arg-type]  # checked
 
 
 def batch_is_corrupted(corruption: Corruption, *, seed: int, step: int) -> bool:
@@ -151,30 +165,34 @@ def batch_is_corrupted(corruption: Corruption, *, seed: int, step: int) -> bool:
 
 
 def corrupt(data: Any, corruption: Corruption, *, seed: int, epoch: int, selected: bool | None = None) -> Any:
-    """Return a shallow copy of a structure or batch with corrupted positions and the five DeNS fields of `keys`.
+    """Return a shallow copy of a structure or batch, corrupted, with the five DeNS fields of `keys`.
 
     ``data`` itself is left as it is, and so are all its tensors.
 
     Args:
-        data: a torch_geometric ``Data`` or ``Batch`` with ``pos``, ``atomic_numbers``, ``fixed`` and ``forces`` (or ``force``); ``cell``
-            and ``md`` are used where present.
+        data: a torch_geometric ``Data`` or ``Batch`` with ``pos``, ``atomic_numbers``, ``fixed`` and
+            ``forces`` (or ``force``); ``cell`` and ``md`` are used where present.
         corruption: the settings.
         seed: seed of the run.
         epoch: epoch, from 0.
         selected: whether the structures are to be corrupted; None lets each one's own coin decide.
 
     Raises:
-        ValueError: a field is missing, a structure is empty or a force is not finite; names the structure and what to do.
+        ValueError: a field is missing, a structure is empty or a force is not finite; names the structure and
+            what to do.
     """
     sizes = _sizes(data)
     forces = _forces(data)
     if keys.FIXED not in data:
         raise ValueError(
-            f"{_name(data, None)} has no field '{keys.FIXED}' that says which atoms are held fixed, so it is not known which may be "
+            f"{_name(data, None)} has no field '{keys.FIXED}' that says which atoms are held fixed, so it is "
+            "not known which may be "
             "displaced. Write it with the data (zeros if all atoms are free, as in molecules)."
         )
     pos = data[keys.POS]
-    movable = torch.ones_like(data[keys.FIXED], dtype=torch.bool) if corruption.all_atoms else data[keys.FIXED] == 0
+    movable = (
+        torch.ones_like(data[keys.FIXED], dtype=torch.bool) if corruption.all_atoms else data[keys.FIXED] == 0
+    )
     is_md = _md_flags(data, len(sizes))
     levels = corruption.levels()
 
@@ -187,10 +205,12 @@ def corrupt(data: Any, corruption: Corruption, *, seed: int, epoch: int, selecte
             raise ValueError(f"{_name(data, index)} has no atoms: remove it from the data set.")
         if not bool(torch.isfinite(forces[atoms]).all()):
             raise ValueError(
-                f"{_name(data, index)} has forces that are not finite; DeNS feeds forces to the model. Remove the structure from the data set."
+                f"{_name(data, index)} has forces that are not finite; DeNS feeds forces to the model. "
+                "Remove the structure from the data set."
             )
         rng = generator(seed, epoch, content=_content(data, index, atoms))
-        # All is drawn each time and in this order: a setting that changes one decision leaves the others as they were.
+        # All is drawn each time and in this order: a setting that changes one decision leaves the others as
+        # they were.
         coin = rng.random() < corruption.prob
         level = levels[rng.integers(len(levels))]
         chosen = rng.random(size) < (1.0 if corruption.corrupt_ratio is None else corruption.corrupt_ratio)
@@ -240,7 +260,8 @@ def _forces(data: Any) -> torch.Tensor:
         if name in data and data[name] is not None:
             return data[name]
     raise ValueError(
-        f"{_name(data, None)} has no field '{keys.FORCES}' (nor '{keys.FORCES_ALIASES[1]}'). DeNS needs forces: they are the model's input for corrupted "
+        f"{_name(data, None)} has no field '{keys.FORCES}' (nor '{keys.FORCES_ALIASES[1]}'). DeNS needs "
+        "forces: they are the model's input for corrupted "
         "structures. Train on data with forces, or remove 'dens' from 'dataset.train.transforms'."
     )
 

@@ -1,6 +1,7 @@
 """Every field of a structure or batch that this package reads or writes, named once.
 
-``N`` is the number of atoms and ``B`` the number of structures. On a single structure ``B`` is 1. No field changes
+``N`` is the number of atoms and ``B`` the number of structures. On a single structure ``B`` is 1. No field
+changes
 the meaning of another: labels (``energy``, ``forces``) always belong to the original, uncorrupted structure.
 """
 
@@ -46,7 +47,7 @@ NOISE_VEC: Final = "noise_vec"
 NOISE_MASK: Final = "noise_mask"
 """(N,) bool. True where the atom was corrupted."""
 CONDITION_FORCES: Final = "condition_forces"
-"""(N, 3) float, units of ``forces``. The forces that the model may see; zero where ``noise_mask`` is False."""
+"""(N, 3) float, units of ``forces``. What the model may see of them; zero where ``noise_mask`` is False."""
 SIGMAS: Final = "sigmas"
 """(N, 1) float, Å. The structure's σ on all its atoms if it is corrupted, else 0."""
 CORRUPTED: Final = "corrupted"

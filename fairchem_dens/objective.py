@@ -1,8 +1,8 @@
 """Loss and metrics of DeNS as pure functions on tensors.
 
-Every supervised atom belongs to one of two disjoint sets: corrupted atoms, whose target is the noise, and the others, whose target is
-the force. Sums run over masks and divide by counts that are kept away from zero, so that an empty set contributes 0 with a zero
-gradient. Nothing here waits for the device.
+Every supervised atom belongs to one of two disjoint sets: corrupted atoms, whose target is the noise, and the
+others, whose target is the force. Sums run over masks and divide by counts that are kept away from zero, so
+that an empty set contributes 0 with a zero gradient. Nothing here waits for the device.
 
 Source: arXiv 2403.09549, equations 2 to 5 and section 3.3.
 """
@@ -28,7 +28,8 @@ class NoiseLoss:
     Attributes:
         coefficient: λ_N.
         fn: loss of one atom, a name in fairchem's registry of losses.
-        reduction: ``joint`` takes one mean over forces and noise of all supervised atoms (OC20, OC22), ``separate`` one mean each (MD17).
+        reduction: ``joint`` takes one mean over forces and noise of all supervised atoms (OC20, OC22),
+            ``separate`` one mean each (MD17).
         decay: ``linear`` takes λ_N to zero over the run, by epoch; None keeps it.
         decay_floor: share of λ_N that a linear decay stops at.
         where: YAML path, for error messages.
@@ -49,17 +50,21 @@ class NoiseLoss:
             raise ValueError(f"'{self.where}.coefficient' must not be negative, found {self.coefficient}.")
         if self.reduction not in get_args(Reduction):
             raise ValueError(
-                f"'{self.where}.reduction' must be 'joint' (one mean over forces and noise, as on OC20 and OC22) or 'separate' "
+                f"'{self.where}.reduction' must be 'joint' (one mean over forces and noise, as on OC20 and "
+                "OC22) or 'separate' "
                 f"(as on MD17), found {self.reduction!r}."
             )
         if self.decay not in (None, "linear"):
             raise ValueError(f"'{self.where}.decay' must be null or 'linear', found {self.decay!r}.")
         if not 0.0 <= require_number(self.decay_floor, f"{self.where}.decay_floor") <= 1.0:
             raise ValueError(
-                f"'{self.where}.decay_floor' is a share of the coefficient, from 0 to 1, found {self.decay_floor}."
+                f"'{self.where}.decay_floor' is a share of the coefficient, from 0 to 1, found "
+                f"{self.decay_floor}."
             )
         if self.decay is None and self.decay_floor:
-            raise ValueError(f"'{self.where}.decay_floor' has no effect without '{self.where}.decay: linear'.")
+            raise ValueError(
+                f"'{self.where}.decay_floor' has no effect without '{self.where}.decay: linear'."
+            )
 
     @classmethod
     def from_config(
@@ -104,7 +109,8 @@ def supervised_atoms(
         noise_mask: (N,) bool, corrupted atoms.
         fixed: (N,), non-zero on fixed atoms.
         free_atoms_only: fixed atoms are not supervised (``outputs.forces.train_on_free_atoms``).
-        all_atoms: the corruption displaces fixed atoms as well; those that it did displace are supervised all the same.
+        all_atoms: the corruption displaces fixed atoms as well; those that it did displace are supervised all
+            the same.
     """
     noise_mask = noise_mask.bool()
     supervised = (fixed == 0) if free_atoms_only else torch.ones_like(noise_mask)
@@ -138,7 +144,8 @@ def force_and_noise_loss(
         force_coefficient: λ_F.
         noise_coefficient: λ_N, after any decay.
         reduction: one mean over all supervised atoms, or one mean for each of the two sets.
-        sum_over_ranks: adds up a tensor of counts over all ranks. Every rank must call it, with any number of atoms.
+        sum_over_ranks: adds up a tensor of counts over all ranks. Every rank must call it, with any number of
+            atoms.
         num_ranks: number of ranks whose gradients are averaged.
 
     Returns:
@@ -181,8 +188,9 @@ def denoising_metrics(
         batch: (N,), structure of each atom.
 
     Returns:
-        ``denoising_energy_mae``, ``denoising_force_mae`` (over the atoms that were not corrupted) and ``denoising_pos_mae`` (over those that
-        were), means over components. The number of elements may be 0: such a metric is to be left out.
+        ``denoising_energy_mae``, ``denoising_force_mae`` (over the atoms that were not corrupted) and
+        ``denoising_pos_mae`` (over those that were), means over components. The number of elements may be 0:
+        such a metric is to be left out.
     """
     on_atoms = corrupted[batch]
     energy_errors = (energy[0].reshape(-1) - energy[1].reshape(-1)).abs()

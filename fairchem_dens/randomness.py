@@ -1,7 +1,8 @@
-"""Random numbers as pure functions of what they are for, so that nothing about them has to be saved to resume a run.
+"""Random numbers as pure functions of what they are for: nothing about them is saved to resume a run.
 
-A stream is named by whole numbers (a seed, an epoch, a step, a rank) and, where it belongs to a structure, by the bytes of its
-content. Streams with different names are independent; the same name gives the same numbers in any process.
+A stream is named by whole numbers (a seed, an epoch, a step, a rank) and, where it belongs to a structure, by
+the bytes of its content. Streams with different names are independent; the same name gives the same numbers
+in any process.
 """
 
 from __future__ import annotations

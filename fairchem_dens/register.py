@@ -1,7 +1,7 @@
-"""The one place where names enter fairchem: importing this module registers trainer, model, data set and transform.
+"""The one place where names enter fairchem: importing this registers trainer, model, data set and transform.
 
-fairchem imports it by itself, through the file that our wheel puts into fairchem's extension folder; the trainer imports it too, for
-installations where that folder is not seen.
+fairchem imports it by itself, through the file that our wheel puts into fairchem's extension folder; the
+trainer imports it too, for installations where that folder is not seen.
 """
 
 from __future__ import annotations

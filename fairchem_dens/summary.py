@@ -1,4 +1,4 @@
-"""What a run says when it starts: what DeNS will do, and whether the targets look as the normalisers expect."""
+"""What a run says when it starts: what DeNS will do, and whether targets look as normalisers expect."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from fairchem_dens.objective import NoiseLoss
 
 _ENERGY_FACTOR = 5.0
 _FORCE_FACTOR = 50.0
-"""How far scales may be apart before it is worth a warning. OC20's own constants divide forces by the spread of energies, ten times theirs."""
+"""How far scales may be apart before it is worth a warning.
+
+OC20's own constants divide forces by the spread of energies, ten times theirs.
+"""
 
 
 def describe_run(
@@ -28,7 +31,8 @@ def describe_run(
     if corruption.std is not None:
         level = f"σ = {corruption.std:g} Å"
     else:
-        level = f"σ from {corruption.std_low:g} to {corruption.std_high:g} Å in {corruption.num_steps} steps, one for each structure"
+        low, high = corruption.std_low, corruption.std_high
+        level = f"one σ for each structure, from {low:g} to {high:g} Å in {corruption.num_steps} steps"
     ratio = (
         "all" if corruption.corrupt_ratio is None else f"each with probability {corruption.corrupt_ratio:g}"
     )
@@ -37,7 +41,9 @@ def describe_run(
     if noise.decay is not None:
         decay = f", decaying linearly to {noise.decay_floor:g} of it"
     mean = (
-        "one mean over forces and noise" if noise.reduction == "joint" else "separate means of forces and noise"
+        "one mean over forces and noise"
+        if noise.reduction == "joint"
+        else "separate means of forces and noise"
     )
     return [
         f"DeNS corrupts {unit} with probability p = {corruption.prob:g}",
@@ -50,7 +56,7 @@ def describe_run(
 
 @dataclass(frozen=True)
 class Target:
-    """What was seen of one target: number of structures, mean, root mean square deviation from a given mean."""
+    """What was seen of one target: number of structures, mean, root mean square deviation."""
 
     count: int
     mean: float
@@ -80,9 +86,7 @@ def sample_targets(
     seen = {}
     if energies:
         values = torch.stack(energies)
-        seen[keys.ENERGY] = Target(
-            len(values), values.mean().item(), values.std(unbiased=False).item()
-        )
+        seen[keys.ENERGY] = Target(len(values), values.mean().item(), values.std(unbiased=False).item())
     if forces and sum(map(len, forces)):
         values = torch.cat(forces)
         rmsd = (values - force_mean).square().mean().sqrt().item()
@@ -96,7 +100,8 @@ def target_warnings(name: str, seen: Target, mean: float, rmsd: float) -> list[s
     Args:
         name: ``energy`` or ``forces``.
         seen: the sample.
-        mean, rmsd: the configured normaliser.
+        mean: mean of the configured normaliser.
+        rmsd: its scale.
     """
     where = f"dataset.train.transforms.normalizer.{name}"
     warnings = []
@@ -106,12 +111,14 @@ def target_warnings(name: str, seen: Target, mean: float, rmsd: float) -> list[s
         ratio = rmsd / seen.rmsd
         if not 1 / factor <= ratio <= factor:
             warnings.append(
-                f"The {name} of {seen.count} sampled structures spread by {seen.rmsd:.4g}, '{where}' says {rmsd:.4g}: is it the normaliser of "
+                f"The {name} of {seen.count} sampled structures spread by {seen.rmsd:.4g}, '{where}' says "
+                f"{rmsd:.4g}: is it the normaliser of "
                 "another data set?"
             )
     if name == keys.ENERGY and abs(seen.mean - mean) > 3 * max(rmsd, seen.rmsd):
         warnings.append(
-            f"The energies of {seen.count} sampled structures have the mean {seen.mean:.4g} eV, '{where}' says {mean:.4g}: total energies "
+            f"The energies of {seen.count} sampled structures have the mean {seen.mean:.4g} eV, '{where}' "
+            f"says {mean:.4g}: total energies "
             "where referenced ones are expected, or the normaliser of another data set?"
         )
     return warnings

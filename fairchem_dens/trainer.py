@@ -1,12 +1,13 @@
 """The DeNS trainer: hooks around fairchem's trainer, none of its loops.
 
-What it adds, in the order of a step: the coin of ``switch: batch``, seeding of the step, the loss and the metrics of corrupted structures, and
-checkpoints that always hold a complete step.
+What it adds, in the order of a step: the coin of ``switch: batch``, seeding of the step, the loss and the
+metrics of corrupted structures, and checkpoints that always hold a complete step.
 """
 
 from __future__ import annotations
 
 import contextlib
+import datetime
 import importlib
 import inspect
 import logging
@@ -34,7 +35,7 @@ from fairchem_dens.randomness import derived_seed
 from fairchem_dens.transforms import ArmedCorruption
 
 TASK = "s2ef"
-"""fairchem's name for energies and forces: default metrics, primary metric and ``s2ef_predictions.npz`` follow from it."""
+"""fairchem's name for energies and forces; metrics and ``s2ef_predictions.npz`` follow from it."""
 DOTTED_NAME = "fairchem_dens.trainer.DeNSTrainer"
 _NUM_SAMPLED = 64
 
@@ -50,13 +51,19 @@ class _OnHost(NamedTuple):
 class DeNSTrainer(EquiformerV2ForcesTrainer):
     """Trains any energy-and-force model of fairchem; a force-conditioned one with DeNS, if the YAML says so.
 
-    Takes the arguments of fairchem's trainers. DeNS is switched on by ``dataset.train.transforms.dens`` together with a ``noise`` entry in
-    ``loss_functions``; the keys of the authors' code are accepted instead.
+    Takes the arguments of fairchem's trainers. DeNS is switched on by ``dataset.train.transforms.dens``
+    together with a ``noise`` entry in ``loss_functions``; the keys of the authors' code are accepted instead.
 
     Raises:
         ValueError: a setting is unknown, impossible or contradicts another; names its YAML key.
         FileNotFoundError: a data folder does not exist.
     """
+
+    # Set by fairchem, which does not annotate them.
+    config: dict[str, Any]
+    loss_functions: list[tuple[str, dict[str, Any]]]
+    step: int
+    epoch: float
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # A dotted trainer name reaches this class without anything having been registered.
@@ -78,11 +85,11 @@ class DeNSTrainer(EquiformerV2ForcesTrainer):
         self._stop_requested = False
         self._step_of_weights = 0
         self._step_of_file = -1
-        self._on_host: _OnHost | None = None
+        self._in_flight: tuple[Any, _OnHost] | None = None
         super().__init__(**given)
 
     def _model_settings(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """Name the model by its dotted path, which finds it anywhere, and leave out a noise head that nothing trains."""
+        """Name the model by its dotted path, found anywhere; leave out a noise head that nothing trains."""
         model = registry.get_model_class(settings["name"])
         settings = dict(settings)
         if model.__module__.startswith("fairchem_dens."):
@@ -95,7 +102,20 @@ class DeNSTrainer(EquiformerV2ForcesTrainer):
 
     # ------------------------------------------------------------------ construction
 
+    @staticmethod
+    def _get_timestamp(device: torch.device, suffix: str | None) -> str:
+        """Name a run by its start to the second, the same on all ranks.
+
+        fairchem rounds to single precision, about two minutes, and a run that finds a checkpoint under its name
+        resumes it: of two runs that start close together the second would continue the first.
+        """
+        now = torch.tensor(int(datetime.datetime.now().timestamp()), device=device)
+        distutils.broadcast(now, 0)
+        name = datetime.datetime.fromtimestamp(now.item()).strftime("%Y-%m-%d-%H-%M-%S")
+        return f"{name}-{suffix}" if suffix else name
+
     def load(self, inference_only: bool) -> None:
+        """Build everything, then say what will happen."""
         self.config["trainer"] = DOTTED_NAME
         self.config["fairchem_dens"] = {
             "version": fairchem_dens.__version__,
@@ -107,6 +127,12 @@ class DeNSTrainer(EquiformerV2ForcesTrainer):
             self._say_what_will_happen()
 
     def load_datasets(self) -> None:
+        """Open the data and arm the corruption on the train split.
+
+        Raises:
+            ValueError: a transform does not exist, or corruption and loss do not fit together.
+            FileNotFoundError: a folder does not exist.
+        """
         splits = {
             "train": self.config["dataset"],
             **{split: self.config[f"{split}_dataset"] for split in ("val", "test", "relax")},
@@ -131,7 +157,8 @@ class DeNSTrainer(EquiformerV2ForcesTrainer):
         if name is None:
             if self.noise_loss is not None:
                 raise ValueError(
-                    f"'{self.noise_loss.where}' is a loss on noise, but there is none: 'dataset.train.transforms' has no 'dens'. Add it "
+                    f"'{self.noise_loss.where}' is a loss on noise, but there is none: "
+                    "'dataset.train.transforms' has no 'dens'. Add it "
                     "(prob, std, corrupt_ratio), or remove the loss."
                 )
             return
@@ -139,7 +166,8 @@ class DeNSTrainer(EquiformerV2ForcesTrainer):
         self.corruption = Corruption.from_config(settings[name], where=where)
         if self.noise_loss is None:
             raise ValueError(
-                f"'{where}' corrupts structures, but 'loss_functions' has no 'noise' entry that learns from them. Add "
+                f"'{where}' corrupts structures, but 'loss_functions' has no 'noise' entry that learns from "
+                "them. Add "
                 "'- noise: {fn: l2mae, coefficient: 10}', or remove 'dens'."
             )
         if hasattr(dataset, "check_md_logs"):
@@ -150,6 +178,7 @@ class DeNSTrainer(EquiformerV2ForcesTrainer):
         dataset.transforms.config = {**settings, name: armed}
 
     def load_loss(self) -> None:
+        """Build the losses; the one on noise, which fairchem does not know, apart from the others."""
         written = self.config["loss_functions"]
         _, self.config["loss_functions"] = config.take_noise_loss(written)
         try:
@@ -161,10 +190,14 @@ class DeNSTrainer(EquiformerV2ForcesTrainer):
         if self.corruption is None or self.noise_loss is None:
             return
         if keys.FORCES not in dict(self.loss_functions):
-            raise ValueError("DeNS needs a loss on forces: add '- forces: {fn: l2mae, coefficient: ...}' to 'loss_functions'.")
+            raise ValueError(
+                "DeNS needs a loss on forces: add '- forces: {fn: l2mae, coefficient: ...}' to "
+                "'loss_functions'."
+            )
         self._noise_error = DDPLoss(self.noise_loss.fn, reduction=None).loss_fn
 
     def load_optimizer(self) -> None:
+        """Build the optimizer, with the paper's choice of what is decayed."""
         model = self._unwrapped_model
         names = no_weight_decay(model)
         model.no_weight_decay = lambda: names
@@ -173,6 +206,7 @@ class DeNSTrainer(EquiformerV2ForcesTrainer):
         self.optimizer.register_step_pre_hook(self._begin_update)
 
     def load_extras(self) -> None:
+        """Build schedule, clipping and moving average."""
         optim = self.config["optim"]
         if "scheduler_params" not in optim:
             super(EquiformerV2ForcesTrainer, self).load_extras()
@@ -194,9 +228,13 @@ class DeNSTrainer(EquiformerV2ForcesTrainer):
         for line in lines:
             logging.info(line)
         count = min(_NUM_SAMPLED, len(self.train_dataset))
-        sample = (self.train_dataset[int(index)] for index in torch.linspace(0, len(self.train_dataset) - 1, count))
+        sample = (
+            self.train_dataset[int(index)] for index in torch.linspace(0, len(self.train_dataset) - 1, count)
+        )
         references = self.elementrefs.get(keys.ENERGY)
-        seen = summary.sample_targets(sample, references.element_references if references is not None else None)
+        seen = summary.sample_targets(
+            sample, references.element_references if references is not None else None
+        )
         for name, target in seen.items():
             if name in self.normalizers:
                 normalizer = self.normalizers[name]
@@ -208,6 +246,7 @@ class DeNSTrainer(EquiformerV2ForcesTrainer):
     # ------------------------------------------------------------------ a step
 
     def train(self, disable_eval_tqdm: bool = False) -> None:
+        """Train to the end, which always leaves a checkpoint, or to SIGTERM, which does too."""
         if distutils.is_master() and not self.is_debug:
             checkpoints.remove_unfinished(self.config["cmd"]["checkpoint_dir"])
         with self._checkpoint_on_sigterm():
@@ -218,7 +257,7 @@ class DeNSTrainer(EquiformerV2ForcesTrainer):
                 self.save(checkpoint_file="checkpoint.pt", training_state=True)
 
     def _repeat_interrupted_evaluation(self, disable_eval_tqdm: bool) -> None:
-        """Evaluate once more where the file was written just before an evaluation, which may have been cut off.
+        """Evaluate once more where the file was written just before an evaluation that may not have ended.
 
         An evaluation depends on nothing but the weights, so repeating a finished one changes nothing.
         """
@@ -233,7 +272,7 @@ class DeNSTrainer(EquiformerV2ForcesTrainer):
         if training and self.corruption is not None and self.corruption.switch == "batch":
             self._toss_coin_of_batch(batch)
         check_atomic_numbers(batch, getattr(self._unwrapped_model, "max_num_elements", 1 << 30))
-        self._on_host = _look_at(batch)
+        self._in_flight = batch, _look_at(batch)
         raw: dict[str, Tensor] = {}
         watch = self.model.register_forward_hook(lambda _module, _inputs, outputs: raw.update(outputs))
         try:
@@ -246,6 +285,7 @@ class DeNSTrainer(EquiformerV2ForcesTrainer):
         return outputs
 
     def _toss_coin_of_batch(self, batch: Any) -> None:
+        assert self.corruption is not None
         if not batch_is_corrupted(self.corruption, seed=self.seed, step=self.step):
             return
         epoch = self.train_sampler.sampler.epoch
@@ -255,7 +295,7 @@ class DeNSTrainer(EquiformerV2ForcesTrainer):
 
     @contextlib.contextmanager
     def _seeded(self, training: bool) -> Iterator[None]:
-        """Make dropout and the like a function of (seed, step, rank), and leave no trace of them in evaluation."""
+        """Make dropout and the like a function of (seed, step, rank); leave no trace in evaluation."""
         if training:
             torch.manual_seed(derived_seed(self.seed, self.step, distutils.get_rank()))
             yield
@@ -310,14 +350,17 @@ class DeNSTrainer(EquiformerV2ForcesTrainer):
         self, out: dict[str, Tensor], batch: Any, evaluator: Any, metrics: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         metrics = {} if metrics is None else metrics
-        host = self._on_host if self._on_host is not None else _look_at(batch)
-        chosen = range(len(host.sizes))
+        known, host = self._in_flight if self._in_flight is not None else (None, None)
+        if host is None or known is not batch:
+            host = _look_at(batch)
+        chosen = list(range(len(host.sizes)))
         if host.corrupted is not None:
             if any(host.corrupted):
                 self._update_denoising_metrics(out, batch, evaluator, metrics)
             chosen = [index for index in chosen if not host.corrupted[index]]
         if self.output_targets.get(keys.FORCES, {}).get("eval_on_free_atoms", True):
-            # fairchem takes the largest error over the free atoms of each structure; without one there is nothing to take.
+            # fairchem takes the largest error over the free atoms of each structure; without one there is
+            # nothing to take.
             chosen = [index for index in chosen if host.has_free_atoms[index]]
         if not chosen:
             return metrics
@@ -382,16 +425,18 @@ class DeNSTrainer(EquiformerV2ForcesTrainer):
     # ------------------------------------------------------------------ evaluation
 
     def validate(self, split: str = "val", disable_tqdm: bool = False) -> Any:
+        """Evaluate with averaged weights; see fairchem's trainer."""
         with self._own_weights_back():
             return super().validate(split=split, disable_tqdm=disable_tqdm)
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Predict with averaged weights; see fairchem's trainer."""
         with self._own_weights_back():
             return super().predict(*args, **kwargs)
 
     @contextlib.contextmanager
     def _own_weights_back(self) -> Iterator[None]:
-        """Put the weights back that fairchem swaps for their moving average, also where it returns without doing so."""
+        """Put back the weights that fairchem swaps for their average, even where fairchem forgets."""
         outer = self.ema.collected_params if self.ema is not None else []
         try:
             yield
@@ -408,24 +453,29 @@ class DeNSTrainer(EquiformerV2ForcesTrainer):
         checkpoint_file: str = "checkpoint.pt",
         training_state: bool = True,
     ) -> str | None:
-        """Write a checkpoint of the last complete step; a kill at any moment leaves the previous file as it was.
+        """Write a checkpoint of the last complete step; a kill at any moment leaves the previous file.
 
         Returns:
-            Its path on the master rank. None elsewhere, and if the optimizer is just changing the weights: then the previous file stands.
+            Its path on the master rank. None elsewhere, and if the optimizer is just changing the weights:
+            then the previous file stands.
         """
         if self._updating:
-            logging.warning("No checkpoint written in the middle of a weight update: the previous one stands.")
+            logging.warning(
+                "No checkpoint written in the middle of a weight update: the previous one stands."
+            )
             return None
         self.config = checkpoints.plain(self.config)
         with self._at_complete_step(), self._own_weights_back():
-            written = super().save(checkpoints.plain(metrics), checkpoints.aside(checkpoint_file), training_state)
+            written = super().save(
+                checkpoints.plain(metrics), checkpoints.aside(checkpoint_file), training_state
+            )
             if training_state:
                 self._step_of_file = self.step
         return None if written is None else checkpoints.put_in_place(written, checkpoint_file)
 
     @contextlib.contextmanager
     def _at_complete_step(self) -> Iterator[None]:
-        """Show fairchem's `save` the step that the weights belong to, and the weights rather than their moving average."""
+        """Show fairchem's `save` the step that the weights belong to, and the weights, not their average."""
         step, epoch = self.step, self.epoch
         averaged = self.ema.collected_params if self.ema is not None else []
         if step != self._step_of_weights:
@@ -472,7 +522,7 @@ class DeNSTrainer(EquiformerV2ForcesTrainer):
 
     @contextlib.contextmanager
     def _checkpoint_on_sigterm(self) -> Iterator[None]:
-        """Write a checkpoint before the process ends on SIGTERM. Leaves a handler that somebody else (submitit) has installed."""
+        """On SIGTERM write a checkpoint and stop; a handler that somebody else (submitit) installed stays."""
         usable = threading.current_thread() is threading.main_thread()
         if not usable or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
             yield
@@ -517,6 +567,7 @@ def _look_at(batch: Any) -> _OnHost:
 def _require_noise(out: dict[str, Tensor], model: Any) -> None:
     if keys.NOISE not in out:
         raise ValueError(
-            f"The model {type(model).__name__} does not predict noise, so it cannot be trained with DeNS. Choose a force-conditioned model "
+            f"The model {type(model).__name__} does not predict noise, so it cannot be trained with DeNS. "
+            "Choose a force-conditioned model "
             "('model.name: fairchem_dens.models.EquiformerV2DeNS'), or remove 'dens' and the loss on noise."
         )

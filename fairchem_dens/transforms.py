@@ -1,7 +1,8 @@
 """The dataset transform ``dens``, one structure at a time.
 
-fairchem hands the transforms of the train split to val, test and relax too. Under its YAML settings alone the transform therefore does
-nothing; `DeNSTrainer` arms it on the train split by putting an `ArmedCorruption` in their place.
+fairchem hands the transforms of the train split to val, test and relax too. Under its YAML settings alone the
+transform therefore does nothing; `DeNSTrainer` arms it on the train split by putting an `ArmedCorruption` in
+their place.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ class ArmedCorruption:
     Args:
         corruption: the settings.
         seed: seed of the run.
-        epoch: returns the current epoch, from 0. Copies sent to spawned workers keep the epoch of that moment; workers live for one epoch.
+        epoch: returns the current epoch, from 0. Copies sent to spawned workers keep the epoch of that
+            moment; workers live for one epoch.
     """
 
     def __init__(self, corruption: Corruption, seed: int, epoch: Callable[[], int]) -> None:
@@ -32,7 +34,9 @@ class ArmedCorruption:
         return self._epoch()
 
     def __call__(self, data: Any) -> Any:
-        # With one coin per batch the trainer decides; the structure gets the five fields with nothing in them.
+        """Return the structure with the five DeNS fields, corrupted if its coin says so."""
+        # With one coin per batch the trainer decides; the structure gets the five fields with nothing in
+        # them.
         selected = False if self.corruption.switch == "batch" else None
         return corrupt(data, self.corruption, seed=self.seed, epoch=self.epoch, selected=selected)
 

@@ -122,7 +122,9 @@ def write_lmdb() -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def lmdb_folders(tmp_path_factory: pytest.TempPathFactory, write_lmdb: Callable[..., Path]) -> dict[str, Path]:
+def lmdb_folders(
+    tmp_path_factory: pytest.TempPathFactory, write_lmdb: Callable[..., Path]
+) -> dict[str, Path]:
     """Train (24 structures), val and test (6 each), of 10 to 14 atoms."""
     root = tmp_path_factory.mktemp("lmdb")
     sizes = {"train": range(24), "val": range(100, 106), "test": range(200, 206)}
@@ -259,14 +261,17 @@ def make_trainer(tmp_path: Path) -> Callable[..., Any]:
 def golden() -> Callable[[str], Any]:
     """Loads a file of outputs of the authors' own code; skips where those files are not at hand.
 
-    They are looked for in the folder that FAIRCHEM_DENS_GOLDEN names, else in ``shared/golden`` beside the checkout.
+    They are looked for in the folder that FAIRCHEM_DENS_GOLDEN names, else in ``shared/golden`` beside the
+    checkout.
     """
     beside = Path(__file__).resolve().parents[1].parent / "shared" / "golden"
     folder = Path(os.environ.get("FAIRCHEM_DENS_GOLDEN", beside))
 
     def load(name: str) -> Any:
         if not (folder / name).is_file():
-            pytest.skip(f"needs {name}, outputs of the authors' code (set FAIRCHEM_DENS_GOLDEN to their folder)")
+            pytest.skip(
+                f"needs {name}, outputs of the authors' code (set FAIRCHEM_DENS_GOLDEN to their folder)"
+            )
         # Dictionaries of tensors and numbers that are not more than that, but pickled with numpy scalars.
         return torch.load(folder / name, weights_only=False)
 

@@ -153,8 +153,7 @@ _open_environments: WeakValueDictionary[str, lmdb.Environment] = WeakValueDictio
 def _close_inherited() -> None:
     """Close in a forked child what its parent had open.
 
-    LMDB forbids its use there, yet refuses
-    to open the file again until it is closed. The parent's is untouched.
+    LMDB forbids its use there, yet refuses to open the file again until it is closed. The parent's stays.
     """
     for env in list(_open_environments.values()):
         env.close()
@@ -240,8 +239,8 @@ def _read_logs(files: Sequence[Path], counts: Sequence[int]) -> tuple[list[_Flag
     said = "; ".join(problems[:_SHOWN_PROBLEMS]) + (f"; and {more} more" if more > 0 else "")
     return None, (
         f"It is not known which frames are from MD and must not be corrupted: {said}. Each data.NNNN.lmdb "
-        "needs beside it a data_log.NNNN.txt with one line a frame, whose path contains 'relaxations' or 'md'."
-        " If there are no MD frames, set 'dataset.train.md_logs: ignore'."
+        "needs beside it a data_log.NNNN.txt with one line a frame, whose path contains 'relaxations' or "
+        "'md'. If there are no MD frames, set 'dataset.train.md_logs: ignore'."
     )
 
 

@@ -1,12 +1,15 @@
 """A small OC20-like data set: adsorbates on metal slabs, computed with ASE's effective medium theory (EMT).
 
-EMT takes two milliseconds for a slab of fifteen atoms, so a set with energies, forces and structures far from equilibrium is made on
-the spot. Its H, C, N and O are no description of nature; they are a smooth many-body potential with the same elements and shapes.
+EMT takes two milliseconds for a slab of fifteen atoms, so a set with energies, forces and structures far from
+equilibrium is made on the spot. Its H, C, N and O are no description of nature; they are a smooth many-body
+potential with the same elements and shapes.
 
-What is as in OC20: slabs of several facets and alloys, periodic in all directions with vacuum above; tag 0 for the atoms below the
-surface, which are held fixed, 1 for free metal atoms, 2 for the adsorbate; frames from relaxations and from molecular dynamics;
-energies of adsorption, E(frame) − E(relaxed clean slab) − E(adsorbate in the gas phase), the last a sum over atoms with references
-from H2, H2O, CO and N2; splits by system, so that no validation frame shares its slab with a training frame.
+What is as in OC20: slabs of several facets and alloys, periodic in all directions with vacuum above; tag 0
+    for the atoms below the
+surface, which are held fixed, 1 for free metal atoms, 2 for the adsorbate; frames from relaxations and from
+molecular dynamics; energies of adsorption, E(frame) − E(relaxed clean slab) − E(adsorbate in the gas phase),
+the last a sum over atoms with references from H2, H2O, CO and N2; splits by system, so that no validation
+frame shares its slab with a training frame.
 """
 
 from __future__ import annotations
@@ -32,8 +35,8 @@ from ase.calculators.emt import EMT
 from ase.constraints import FixAtoms
 from ase.data import atomic_numbers, covalent_radii, reference_states
 from ase.md.langevin import Langevin
-from ase.md.velocitydistribution import MaxwellBoltzmannDistribution
 from ase.optimize import BFGS
+from tqdm import tqdm
 
 from fairchem_dens.randomness import generator
 
@@ -210,14 +213,18 @@ def _contact_height(slab: Atoms, adsorbate: Atoms, clearance: float) -> float:
                 above = np.sqrt(np.clip(contact**2 - flat, 0, None))
                 touching = flat < contact**2
                 if touching.any():
-                    lowest = max(lowest, float((image[touching, 2] + above[touching]).max() - atom.position[2]))
+                    lowest = max(
+                        lowest, float((image[touching, 2] + above[touching]).max() - atom.position[2])
+                    )
     return lowest if np.isfinite(lowest) else float(slab.positions[:, 2].max()) + 1.0
 
 
 def simulate_system(sid: int, settings: EmtSettings) -> Frames:
-    """Build system ``sid``, relax it, run molecular dynamics and take frames of both; a pure function of its arguments.
+    """Build system ``sid``, relax it, run molecular dynamics and take frames of both; a pure function of its
+    arguments.
 
-    Frames are chosen evenly over the molecular dynamics and, along the relaxation, more densely at its start, where forces are large.
+    Frames are chosen evenly over the molecular dynamics and, along the relaxation, more densely at its start,
+    where forces are large.
     """
     rng = generator(settings.seed, sid)
     slab, slab_name = build_slab(rng)
@@ -242,7 +249,8 @@ def simulate_system(sid: int, settings: EmtSettings) -> Frames:
 
     dynamics: list[tuple[Atoms, float, np.ndarray]] = []
     temperature = rng.uniform(300.0, 1500.0)
-    MaxwellBoltzmannDistribution(system, temperature_K=temperature, rng=rng)
+    thermal = np.sqrt(units.kB * temperature * system.get_masses())[:, None]
+    system.set_momenta(thermal * rng.standard_normal((len(system), 3)))
     # A hydrogen vibrates with a period of about 10 fs.
     timestep = 1.0 if "H" in system.symbols else 2.0
     thermostat = Langevin(
@@ -259,9 +267,12 @@ def simulate_system(sid: int, settings: EmtSettings) -> Frames:
     frames.computed = len(relaxation) + len(dynamics)
     relaxation = _keep(relaxation, settings, frames.dropped)
     dynamics = _keep(dynamics, settings, frames.dropped)
-    wanted = round(settings.frames_per_system * _CHOSEN_ALONG_RELAXATION)
-    chosen = _choose(relaxation, min(wanted, len(relaxation) // 2), dense_start=True)
-    chosen += _choose(dynamics, settings.frames_per_system - len(chosen), dense_start=False)
+    from_relaxation = round(settings.frames_per_system * _CHOSEN_ALONG_RELAXATION)
+    from_dynamics = settings.frames_per_system - min(from_relaxation, len(relaxation) // 2)
+    # An adsorbate may leave during the dynamics: then the relaxation has to give more.
+    from_dynamics = min(from_dynamics, len(dynamics))
+    chosen = _choose(relaxation, settings.frames_per_system - from_dynamics, dense_start=True)
+    chosen += _choose(dynamics, from_dynamics, dense_start=False)
     for atoms, energy, forces in chosen:
         frames.atoms.append(atoms)
         frames.energies.append(energy)
@@ -319,7 +330,7 @@ def generate(
 ) -> dict[str, Any]:
     """Make the data set: one LMDB folder for each split, and a summary that is written last.
 
-    A complete set made with the same settings is left as it is. Splits that are complete are not computed again.
+    A complete set made with the same settings is left as it is.
 
     Args:
         folder: gets ``train/``, ``val/``, ``test/`` and ``summary.json``.
@@ -328,14 +339,13 @@ def generate(
         progress: show progress bars.
 
     Returns:
-        The summary: ``settings``, ``seconds`` and, in ``splits``, for each split the counts of systems, frames and atoms, what was left
+        The summary: ``settings``, ``seconds`` and, in ``splits``, for each split the counts of systems,
+            frames and atoms, what was left
         out, and the statistics of energies (eV) and of the forces on free atoms (eV/Å).
 
     Raises:
         ValueError: the folder holds a set made with other settings.
     """
-    from tqdm import tqdm
-
     folder = Path(folder)
     summary = read_summary(folder)
     if summary is not None:
@@ -351,9 +361,9 @@ def generate(
 
     started = time.monotonic()
     splits = {}
-    for split in SPLITS:
-        sids = settings.sids(split)
-        with _workers(processes) as pool:
+    with _workers(processes) as pool:
+        for split in SPLITS:
+            sids = settings.sids(split)
             systems = pool.map(simulate_system, sids, [settings] * len(sids))
             bar = tqdm(systems, total=len(sids), desc=f"  {split:5}", unit="system", disable=not progress)
             splits[split] = _write_split(folder / split, bar)

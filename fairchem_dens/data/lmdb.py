@@ -1,8 +1,8 @@
 """Write and read LMDB folders in the layout of fairchem's ``lmdb`` dataset.
 
-A folder holds ``data.0000.lmdb``, ``data.0001.lmdb``, ... and ``metadata.npz`` with the number of atoms of every structure, which
-fairchem needs for ``max_atoms`` and for load balancing. Each file holds pickled torch_geometric ``Data`` objects under the ASCII
-keys ``0``, ``1``, ... and their number under ``length``.
+A folder holds ``data.0000.lmdb``, ``data.0001.lmdb``, ... and ``metadata.npz`` with the number of atoms of
+every structure, which fairchem needs for ``max_atoms`` and for load balancing. Each file holds pickled
+torch_geometric ``Data`` objects under the ASCII keys ``0``, ``1``, ... and their number under ``length``.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def data_from_atoms(
 ) -> Data:
     """Turn an ASE structure into what fairchem's data sets hold.
 
-    Positions are wrapped into the cell along periodic directions. Atoms held by ``FixAtoms`` become ``fixed``, ASE's tags
-    become ``tags``.
+    Positions are wrapped into the cell along periodic directions. Atoms held by ``FixAtoms`` become
+    ``fixed``, ASE's tags become ``tags``.
 
     Args:
         atoms: the structure; its calculator is not asked for anything.
@@ -50,11 +50,13 @@ def data_from_atoms(
         fid: id of the frame within the system.
         energy: eV, or None for a structure without labels.
         forces: (N, 3), eV/Å, without constraints applied, or None.
-        md: whether the frame is from molecular dynamics (such frames are never corrupted); None leaves the field out.
+        md: whether the frame is from molecular dynamics (such frames are never corrupted); None leaves the
+            field out.
 
     Returns:
-        ``pos`` (N, 3) float32, ``atomic_numbers``, ``tags``, ``fixed`` (N,) int64, ``cell`` (1, 3, 3) float32, ``pbc`` (1, 3) bool,
-        ``natoms`` int, ``sid``, ``fid`` and, where given, ``energy`` float, ``forces`` (N, 3) float32 and ``md`` (1,) bool.
+        ``pos`` (N, 3) float32, ``atomic_numbers``, ``tags``, ``fixed`` (N,) int64, ``cell`` (1, 3, 3)
+        float32, ``pbc`` (1, 3) bool, ``natoms`` int, ``sid``, ``fid`` and, where given, ``energy`` float,
+        ``forces`` (N, 3) float32 and ``md`` (1,) bool.
     """
     fixed = np.zeros(len(atoms), dtype=np.int64)
     for constraint in atoms.constraints:
@@ -89,7 +91,8 @@ def check_structure(data: Data, *, labels: bool = True) -> None:
         labels: whether ``energy`` and ``forces`` are required.
 
     Raises:
-        ValueError: a field is missing, has the wrong shape or is not finite; names the structure, the field and what was found.
+        ValueError: a field is missing, has the wrong shape or is not finite; names the structure, the field
+            and what was found.
     """
     who = f"Structure (sid {data[keys.SID] if keys.SID in data else '?'}, fid {data[keys.FID] if keys.FID in data else '?'})"
     if keys.POS not in data or data[keys.POS].ndim != 2 or data[keys.POS].shape[0] == 0:
@@ -109,11 +112,15 @@ def check_structure(data: Data, *, labels: bool = True) -> None:
         if name not in data:
             raise ValueError(f"{who} has no field '{name}', which must be of shape {shape}.")
         if tuple(data[name].shape) != shape:
-            raise ValueError(f"{who}: field '{name}' must be of shape {shape}, found {tuple(data[name].shape)}.")
+            raise ValueError(
+                f"{who}: field '{name}' must be of shape {shape}, found {tuple(data[name].shape)}."
+            )
         if not bool(torch.isfinite(data[name]).all()):
             raise ValueError(f"{who}: field '{name}' is not finite everywhere. Leave the structure out.")
     if keys.NATOMS not in data or int(data[keys.NATOMS]) != natoms:
-        raise ValueError(f"{who}: field '{keys.NATOMS}' must be {natoms}, the number of rows of '{keys.POS}'.")
+        raise ValueError(
+            f"{who}: field '{keys.NATOMS}' must be {natoms}, the number of rows of '{keys.POS}'."
+        )
     for name in (keys.SID, keys.FID):
         if name not in data:
             raise ValueError(f"{who} has no field '{name}': predictions are told apart by sid and fid.")
@@ -122,14 +129,17 @@ def check_structure(data: Data, *, labels: bool = True) -> None:
             raise ValueError(f"{who} has no field '{keys.ENERGY}'.")
         energy = torch.as_tensor(data[keys.ENERGY])
         if energy.numel() != 1 or not bool(torch.isfinite(energy).all()):
-            raise ValueError(f"{who}: field '{keys.ENERGY}' must be one finite number, found {energy.tolist()}.")
+            raise ValueError(
+                f"{who}: field '{keys.ENERGY}' must be one finite number, found {energy.tolist()}."
+            )
 
 
 class LmdbWriter:
     """Write structures into an LMDB folder that appears under its name only once it is complete.
 
-    Use it as a context manager. Everything is written into a hidden folder beside the target, which is renamed at the end; after
-    an exception, or if the process is killed, the target is as it was before. What a killed writer left behind is removed by the next.
+    Use it as a context manager. Everything is written into a hidden folder beside the target, which is
+    renamed at the end; after an exception, or if the process is killed, the target is as it was before. What
+    a killed writer left behind is removed by the next.
 
     Args:
         folder: the folder to make.
@@ -239,7 +249,9 @@ class LmdbWriter:
 
     def _finish(self) -> None:
         if self._env is None:
-            raise ValueError(f"No structure was added to '{self.folder}': fairchem cannot open an empty LMDB.")
+            raise ValueError(
+                f"No structure was added to '{self.folder}': fairchem cannot open an empty LMDB."
+            )
         self._close_file()
         np.savez_compressed(self._partial / METADATA_FILE, natoms=np.array(self._natoms, dtype=np.int64))
         self._refuse_existing()
@@ -265,7 +277,9 @@ def read_lmdb(path: str | Path) -> Iterator[Data]:
     files = [path] if path.is_file() else sorted(path.glob("*.lmdb"))
     if not files:
         found = "a folder without any *.lmdb file" if path.is_dir() else "nothing"
-        raise FileNotFoundError(f"No LMDB at '{path}' (found {found}). Give an .lmdb file or a folder of them.")
+        raise FileNotFoundError(
+            f"No LMDB at '{path}' (found {found}). Give an .lmdb file or a folder of them."
+        )
     for file in files:
         with (
             lmdb.open(str(file), subdir=False, readonly=True, lock=False) as env,

@@ -6,7 +6,7 @@ import json
 import math
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -236,7 +236,8 @@ def steps_per_epoch(train_frames: int) -> int:
 
 
 def write_configs(folder: Folder, settings: Settings, summary: dict[str, Any]) -> None:
-    """Write the YAMLs of both runs: the shipped ones, and two that include them and add what depends on the data.
+    """Write the YAMLs of both runs: the shipped ones, and two that include them and add what depends on the
+    data.
 
     Args:
         folder: where to; they end in ``configs/``.
@@ -272,13 +273,13 @@ def _rounded(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-def write_commands(folder: Folder, settings: Settings, executable: str, environment: dict[str, str]) -> None:
+def write_commands(folder: Folder, settings: Settings, environment: Mapping[str, str]) -> None:
     """Write the exact commands of the demo, to be pasted into a shell."""
     lines = [
         "# The fairchem commands of this demo. The data set in data/ was generated before them.",
         "# A training command that is given again resumes: --timestamp-id names the folder with its checkpoint.",
         f"cd {shlex.quote(str(folder.root))}",
-        f"export PATH={shlex.quote(str(Path(executable).parent))}:$PATH",
+        f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH",
         "export " + " ".join(f"{name}={value}" for name, value in environment.items()),
     ]
     for group in stages(settings):

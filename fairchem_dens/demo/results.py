@@ -72,7 +72,9 @@ def _event_files(folder: str | Path) -> list[tuple[Path, dict[str, list[Any]]]]:
     # The time is in the name, with a fixed number of digits.
     files = sorted(Path(folder).glob("events.out.tfevents.*"))
     if not files:
-        raise FileNotFoundError(f"There is no TensorBoard file in '{folder}': the command that writes it has not run.")
+        raise FileNotFoundError(
+            f"There is no TensorBoard file in '{folder}': the command that writes it has not run."
+        )
     read = []
     for file in files:
         accumulator = EventAccumulator(str(file), size_guidance={SCALARS: 0})
@@ -91,12 +93,13 @@ def prediction_metrics(predictions: str | Path, labels: str | Path) -> dict[str,
     """Compare predictions of fairchem with the labels of an LMDB.
 
     Args:
-        predictions: the npz that ``fairchem --mode predict`` wrote: ``ids``, ``energy`` and the forces on free atoms, one structure after
-            the other, with the places to split at in ``chunk_idx``.
+        predictions: the npz that ``fairchem --mode predict`` wrote: ``ids``, ``energy`` and the forces on
+            free atoms, one structure after the other, with the places to split at in ``chunk_idx``.
         labels: the LMDB folder.
 
     Returns:
-        `METRICS`, as fairchem defines them: the force error is a mean over components, the cosine one over atoms.
+        `METRICS`, as fairchem defines them: the force error is a mean over components, the cosine one over
+        atoms.
 
     Raises:
         ValueError: a structure has no prediction.
@@ -123,7 +126,9 @@ def load_model(checkpoint_file: str | Path) -> torch.nn.Module:
     checkpoint = checkpoints.read(checkpoint_file)
     settings = dict(checkpoint["config"]["model"])
     model = registry.get_model_class(settings.pop("name"))(**settings)
-    model.load_state_dict({name.removeprefix("module."): value for name, value in checkpoint["state_dict"].items()})
+    model.load_state_dict(
+        {name.removeprefix("module."): value for name, value in checkpoint["state_dict"].items()}
+    )
     if checkpoint.get("ema"):
         average = ExponentialMovingAverage(model.parameters(), decay=0.0)
         average.load_state_dict(checkpoint["ema"])
@@ -204,7 +209,8 @@ def denoising_mae(denoised: Sequence[Denoised]) -> tuple[float, float]:
 
 
 def typical(denoised: Sequence[Denoised]) -> Denoised:
-    """Return the structure in which the model did neither well nor badly: that with the median share of displacement left.
+    """Return the structure in which the model did neither well nor badly: that with the median share of
+    displacement left.
 
     Only structures with at least three corrupted atoms compete, as far as there are any.
     """

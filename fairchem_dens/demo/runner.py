@@ -20,8 +20,8 @@ from tqdm import tqdm
 from fairchem_dens.demo.plan import TITLES, Folder, Stage, fairchem_executable
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-"""One thread for each command: two of them keep two cores busy better than one with two threads, and sums are always taken in the
-same order."""
+"""One thread for each command: two of them keep two cores busy better than one with two threads, and sums are
+always taken in the same order."""
 
 _POLL = 0.25  # s
 _SECONDS_TO_STOP = 60.0
@@ -41,7 +41,8 @@ class StageError(RuntimeError):
 def locked(folder: Folder, patience: float = _SECONDS_TO_STOP) -> Iterator[int]:
     """Hold the folder for this process and the commands that it starts; yields the lock's file descriptor.
 
-    The commands inherit the lock. If the demo is killed, the next one therefore waits until they have written their checkpoints and ended.
+    The commands inherit the lock. If the demo is killed, the next one therefore waits until they have written
+    their checkpoints and ended.
 
     Args:
         folder: the demo's folder.

@@ -1,6 +1,7 @@
 """Force-conditioned models, under the names that configurations and checkpoints use.
 
-Models never import the trainer. They take the flat arguments and have the parameter names of the paper's own code.
+Models never import the trainer. They take the flat arguments and have the parameter names of the paper's own
+code.
 """
 
 from __future__ import annotations

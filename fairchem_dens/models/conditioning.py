@@ -1,7 +1,8 @@
-"""What a model is told about a corrupted structure: the forces of the original one and, optionally, the noise level.
+"""What a model is told about a corrupted structure: the original's forces and, optionally, the noise level.
 
-Forces enter as spherical tensors, |f|/√3 · Y(f/|f|), with Y the real spherical harmonics in e3nn's 'component' normalisation and even parity.
-With that scaling the l = 1 part is the force itself, in the order x, y, z.
+Forces enter as spherical tensors, |f|/√3 · Y(f/|f|), with Y the real spherical harmonics in e3nn's
+'component' normalisation and even parity. With that scaling the l = 1 part is the force itself, in the order
+x, y, z.
 
 Source: arXiv 2403.09549, section 3.2 and equation 4.
 """
@@ -40,14 +41,18 @@ def force_features(forces: Tensor, lmax: int) -> Tensor:
 class ForceEmbedding(nn.Module):
     """Equivariant linear layer from one channel to many: a weight for each degree, a bias on l = 0.
 
-    The bias is added for every atom in every mode: the mask of corrupted atoms acts on the input, as in the paper's code. A model without its DeNS
-    parts therefore equals this one only after the bias has been folded into its atom embedding.
+    The bias is added for every atom in every mode: the mask of corrupted atoms acts on the input, as in the
+    paper's code. A model without its DeNS parts therefore equals this one only after the bias has been folded
+    into its atom embedding.
 
     Args:
         lmax: highest degree.
         channels: C.
-        weight_init: ``uniform`` in ±1, ``normal`` with standard deviation 1, or a number for uniform in ± that number.
+        weight_init: ``uniform`` in ±1, ``normal`` with standard deviation 1, or a number for uniform in ±
+            that number.
     """
+
+    degrees: Tensor
 
     def __init__(self, lmax: int, channels: int, weight_init: str | float = "uniform") -> None:
         super().__init__()
@@ -95,7 +100,9 @@ def add_conditioning(
     embedding = embedding + force_embedding(features)
     if sigma_embedding is not None:
         sigmas = (
-            data[keys.SIGMAS].to(embedding.dtype) if keys.SIGMAS in data else embedding.new_zeros(num_atoms, 1)
+            data[keys.SIGMAS].to(embedding.dtype)
+            if keys.SIGMAS in data
+            else embedding.new_zeros(num_atoms, 1)
         )
         scalars = sigma_embedding(sigmas.reshape(num_atoms, 1))
         embedding = torch.cat([embedding[:, :1] + scalars[:, None], embedding[:, 1:]], dim=1)

@@ -41,18 +41,21 @@ def build_graph(
 ) -> Graph:
     """Find the neighbours of each atom in a prepared batch.
 
-    Neighbours are searched in single precision, which is what fairchem's search knows; vectors and distances have the precision of the positions.
+    Neighbours are searched in single precision, which is what fairchem's search knows; vectors and distances
+    have the precision of the positions.
 
     Args:
         data: batch with ``pos``, ``natoms``, ``batch`` and, for periodic graphs, ``cell``.
         cutoff: Å.
         max_neighbors: the nearest ones are kept.
-        strict: exactly ``max_neighbors`` at most; else neighbours as far as the last one, to 0.01 Å, are kept too.
+        strict: exactly ``max_neighbors`` at most; else neighbours as far as the last one, to 0.01 Å, are kept
+            too.
         use_pbc: consider periodic images.
         otf_graph: search; else use the stored edges if there are any.
 
     Raises:
-        ValueError: stored edges are asked for but the positions were corrupted, or a periodic graph has no cell.
+        ValueError: stored edges are asked for but the positions were corrupted, or a periodic graph has no
+            cell.
     """
     pos, stored = data[keys.POS], not otf_graph and "edge_index" in data
     if stored and keys.NOISE_MASK in data:
@@ -63,7 +66,8 @@ def build_graph(
     else:
         if keys.CELL not in data:
             raise ValueError(
-                f"The structures have no '{keys.CELL}' but 'model.use_pbc' is True: set it to False for molecules."
+                f"The structures have no '{keys.CELL}' but 'model.use_pbc' is True: set it to False for "
+                "molecules."
             )
         if stored:
             edge_index, cell_offsets = data.edge_index, data.cell_offsets
@@ -89,8 +93,9 @@ def _molecular_edges(data: Any, cutoff: float, max_neighbors: int) -> Tensor:
 def edge_frames(vectors: Tensor, *, random_roll: bool) -> Tensor:
     """Return rotations that turn each edge onto the y axis, where eSCN convolutions work.
 
-    The roll about the edge is free. In training it is drawn from torch's global generator, which averages what little the grids of the S2 activation
-    break of the symmetry; in evaluation it is fixed, so that a prediction is a function of the structure alone and no random number is used up.
+    The roll about the edge is free. In training it is drawn from torch's global generator, which averages
+    what little the grids of the S2 activation break of the symmetry; in evaluation it is fixed, so that a
+    prediction is a function of the structure alone and no random number is used up.
 
     Args:
         vectors: (E, 3), none of them zero.

@@ -11,7 +11,7 @@ from fairchem_dens import keys
 
 
 def check_atomic_numbers(data: Any, max_num_elements: int) -> None:
-    """Refuse elements that the model has no embedding for. Does nothing on a GPU, where looking would stall the step.
+    """Refuse elements that the model has no embedding for; on a GPU, where looking would stall, do nothing.
 
     Args:
         data: structure or batch.
@@ -31,7 +31,8 @@ def check_atomic_numbers(data: Any, max_num_elements: int) -> None:
     if keys.SID in data and keys.BATCH in data:
         where += f" (sid {data[keys.SID][int(data[keys.BATCH][worst])]})"
     raise ValueError(
-        f"Atomic number {int(numbers[worst])}{where} is outside the model's embedding, which ends at {max_num_elements - 1}: "
+        f"Atomic number {int(numbers[worst])}{where} is outside the model's embedding, which ends at "
+        f"{max_num_elements - 1}: "
         f"raise 'model.max_num_elements' (now {max_num_elements}) and train anew, or remove the structure."
     )
 

@@ -1,6 +1,7 @@
 """State dicts that hold parameters and nothing else.
 
-The blocks of EquiformerV2 register grids, index maps and the like as buffers, hundreds of them, and old checkpoints carry them. They follow from the
+The blocks of EquiformerV2 register grids, index maps and the like as buffers, hundreds of them, and old
+checkpoints carry them. They follow from the
 arguments of the model: they are not saved, and those of a file are compared with ours and dropped.
 """
 
@@ -51,7 +52,8 @@ def _compare(key: str, theirs: Tensor, ours: Tensor | None) -> None:
         return
     if theirs.shape != ours.shape or not torch.allclose(theirs.to(ours), ours, atol=1e-3, rtol=1e-3):
         raise ValueError(
-            f"The checkpoint's constant '{key}' ({_shape(theirs)}) is not this model's ({_shape(ours)}): the two were built with different "
+            f"The checkpoint's constant '{key}' ({_shape(theirs)}) is not this model's ({_shape(ours)}): the "
+            "two were built with different "
             "settings ('lmax_list', 'mmax_list', 'grid_resolution' or 'max_radius')."
         )
 

@@ -1,6 +1,7 @@
 """Which parameters are decayed: as in the paper's code, all but biases and the affine parameters of norms.
 
-fairchem's own choice is different: it keeps everything with "embedding" in its name from decaying, and decays norms inside a hydra model.
+fairchem's own choice is different: it keeps everything with "embedding" in its name from decaying, and decays
+norms inside a hydra model.
 """
 
 from __future__ import annotations

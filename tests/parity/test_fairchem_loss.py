@@ -1,7 +1,8 @@
 """The fault of fairchem-core 1.10.0's own DeNS trainer: the same batch and predictions, its loss and ours.
 
-In a denoising step it adds the right term and then falls through to a second one: the force coefficient times the distance to a target
-that is normalised twice, over fixed atoms too (unless the structure is fully corrupted).
+In a denoising step it adds the right term and then falls through to a second one: the force coefficient times
+the distance to a target that is normalised twice, over fixed atoms too (unless the structure is fully
+corrupted).
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ def test_fairchem_adds_a_second_term(run_settings, make_trainer, structure, rati
 
     batch.denoising_pos_forward = True
     if ratio is None:
-        # Theirs knows full corruption by the absence of a mask; fixed atoms are then left out of the first term.
+        # Theirs knows full corruption by the absence of a mask; fixed atoms are then left out of the first
+        # term.
         del batch.noise_mask
     theirs = fairchem_loss(trainer, out, batch)
 

@@ -1,4 +1,4 @@
-"""Loss, gradient and metrics against the authors' code, and against the formula where their code cannot go."""
+"""Loss, gradient and metrics against the authors' code; against the formula where their code cannot go."""
 
 from __future__ import annotations
 
@@ -59,7 +59,8 @@ def test_golden_case(golden, trainer_of_case, name: str) -> None:
     trainer = trainer_of_case(case["params"])
     batch = batch_of_case(case)
     energy = case["pred"]["energy"].clone().requires_grad_()
-    # Theirs is one output, the noise where an atom is corrupted and the force elsewhere; given to both heads, each takes its part.
+    # Theirs is one output, the noise where an atom is corrupted and the force elsewhere; given to both heads,
+    # each takes its part.
     vectors = case["pred"]["forces"].clone().requires_grad_()
     out = {keys.ENERGY: energy, keys.FORCES: vectors}
     if name != "s2ef":
@@ -148,7 +149,7 @@ def test_an_empty_subset_is_zero_with_a_zero_gradient(reduction: str, kind: str)
 
 
 def test_real_batches_without_a_kind_of_atom(run_settings, make_trainer, structure) -> None:
-    """Only corrupted, only ordinary, and only fixed atoms: finite loss, finite gradients, metrics left out and never nan."""
+    """Only corrupted, only ordinary, only fixed atoms: all is finite, metrics are left out and never nan."""
     trainer = make_trainer(run_settings)
     for prob, num_fixed in ((1.0, 4), (0.0, 4), (1.0, 12), (0.0, 12)):
         from fairchem_dens.corruption import corrupt

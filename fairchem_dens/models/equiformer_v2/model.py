@@ -1,7 +1,7 @@
 """EquiformerV2 that is told about corrupted structures and predicts their noise.
 
-The blocks are fairchem's; put together here so that the conditioning can enter between the atom embedding and the edge-degree embedding.
-Argument and parameter names are those of the paper's flat model.
+The blocks are fairchem's; put together here so that the conditioning can enter between the atom embedding and
+the edge-degree embedding. Argument and parameter names are those of the paper's flat model.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ class EquiformerV2DeNS(ParametersOnly):
         grid_resolution: points of the S2 grid along each angle; None for the smallest.
         num_sphere_samples, num_distance_basis: accepted, without effect, as in the paper's code.
         edge_channels: hidden channels of the radial functions.
-        use_atom_edge_embedding, share_atom_edge_embedding: elements enter the radial functions; with one embedding for all blocks.
+        use_atom_edge_embedding, share_atom_edge_embedding: elements enter the radial functions; with one
+            embedding for all blocks.
         use_m_share_rad: one radial weight for all orders of a degree.
         distance_function: ``gaussian``.
         attn_activation, ffn_activation: activations.
@@ -79,8 +80,10 @@ class EquiformerV2DeNS(ParametersOnly):
         use_force_encoding: False hides the forces (ablation).
         use_noise_schedule_sigma_encoding: encode σ too.
         use_denoising_energy: False multiplies the energy of corrupted structures by zero (ablation).
-        predict_noise: False keeps the noise head but neither evaluates nor trains it: for runs without a loss on the noise.
-        use_energy_lin_ref, load_energy_lin_ref: add per-element references held in the model; hold them. Both False in training.
+        predict_noise: False keeps the noise head but neither evaluates nor trains it: for runs without a loss
+            on the noise.
+        use_energy_lin_ref, load_energy_lin_ref: add per-element references held in the model; hold them. Both
+            False in training.
 
     Raises:
         ValueError: an argument that does not exist (with the nearest one) or whose value is not supported.
@@ -143,7 +146,8 @@ class EquiformerV2DeNS(ParametersOnly):
         _require("weight_init", weight_init, ["uniform", "normal"])
         if use_energy_lin_ref and not load_energy_lin_ref:
             raise ValueError(
-                "'model.use_energy_lin_ref: True' needs 'model.load_energy_lin_ref: True', which holds the references it adds."
+                "'model.use_energy_lin_ref: True' needs 'model.load_energy_lin_ref: True', which holds the "
+                "references it adds."
             )
         if share_atom_edge_embedding and not use_atom_edge_embedding:
             raise ValueError(
@@ -165,7 +169,8 @@ class EquiformerV2DeNS(ParametersOnly):
         self.use_energy_lin_ref = use_energy_lin_ref
         self.predict_noise = predict_noise and regress_forces
 
-        # The order in which modules are made is the paper's: optimizer and EMA states of its checkpoints list parameters by position.
+        # The order in which modules are made is the paper's: optimizer and EMA states of its checkpoints list
+        # parameters by position.
         self.sphere_embedding = nn.Embedding(max_num_elements, sphere_channels * len(self.lmax_list))
         self.distance_expansion = GaussianSmearing(0.0, max_radius, NUM_GAUSSIANS, 2.0)
         edge_channels_list = [int(self.distance_expansion.num_output), edge_channels, edge_channels]
@@ -287,15 +292,16 @@ class EquiformerV2DeNS(ParametersOnly):
             data: batch with the fields of `fairchem_dens.keys`. It is not changed.
 
         Returns:
-            ``energy`` (B,); with ``regress_forces`` also ``forces`` (N, 3); and ``noise`` (N, 3) in units of σ, if the batch carries
-            ``condition_forces`` or the model is in training mode.
+            ``energy`` (B,); with ``regress_forces`` also ``forces`` (N, 3); and ``noise`` (N, 3) in units of
+            σ, if the batch carries ``condition_forces`` or the model is in training mode.
 
         Raises:
             ValueError: an atomic number is out of range, or graph parallelism is on.
         """
         if gp_utils.initialized():
             raise ValueError(
-                "Graph parallelism (--gp-gpus) is not supported with DeNS models: the conditioning is not split over ranks."
+                "Graph parallelism (--gp-gpus) is not supported with DeNS models: the conditioning is not "
+                "split over ranks."
             )
         data = prepared(data, self.max_num_elements)
         atomic_numbers, batch = data[keys.ATOMIC_NUMBERS], data[keys.BATCH]
@@ -324,7 +330,7 @@ class EquiformerV2DeNS(ParametersOnly):
         outputs = {keys.ENERGY: self._energy(x, data)}
         if self.regress_forces:
 
-            def vectors(head: nn.Module) -> Tensor:
+            def vectors(head: SO2EquivariantGraphAttention) -> Tensor:
                 return head(x, atomic_numbers, edge_features, graph.edge_index).embedding[:, 1:4, 0]
 
             outputs[keys.FORCES] = vectors(self.force_block)
@@ -343,7 +349,11 @@ class EquiformerV2DeNS(ParametersOnly):
         """Atoms on l = 0 of each resolution, then the conditioning."""
         pos = data[keys.POS]
         x = SO3_Embedding(
-            len(atomic_numbers), self.lmax_list, self.sphere_channels, pos.device, self.sphere_embedding.weight.dtype
+            len(atomic_numbers),
+            self.lmax_list,
+            self.sphere_channels,
+            pos.device,
+            self.sphere_embedding.weight.dtype,
         )
         atoms = self.sphere_embedding(atomic_numbers).split(self.sphere_channels, dim=1)
         start = 0
@@ -396,7 +406,8 @@ def _initialise_radial_function(module: nn.Module) -> None:
 def _require(name: str, value: Any, supported: list[Any]) -> None:
     if value not in supported:
         raise ValueError(
-            f"'model.{name}' must be {' or '.join(map(repr, supported))}, found {value!r}; the paper uses nothing else."
+            f"'model.{name}' must be {' or '.join(map(repr, supported))}, found {value!r}; the paper uses "
+            "nothing else."
         )
 
 

@@ -1,0 +1,372 @@
+"""The demo's two pictures: learning curves of both runs, and one structure clean, corrupted and denoised."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ase.data import chemical_symbols, covalent_radii
+from ase.data.colors import jmol_colors
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Circle, FancyArrowPatch
+
+from fairchem_dens import keys
+from fairchem_dens.demo.plan import PRINT_EVERY, RUNS, TITLES
+from fairchem_dens.demo.results import Curve, Denoised
+
+COLORS = {"baseline": "#7a7f87", "dens": "#c8102e"}
+_INK = "#22262b"
+_FAINT = "#d9dce0"
+_DPI = 160
+
+
+def draw_curves(
+    file: str | Path,
+    curves: Mapping[str, Mapping[str, Curve]],
+    *,
+    steps_per_epoch: int,
+    no_denoising: float,
+    title: str,
+) -> None:
+    """Draw the learning curves of both runs.
+
+    Args:
+        file: PNG to write.
+        curves: by run and tag, as `fairchem_dens.demo.results.read_curves` returns them.
+        steps_per_epoch: curves of the training are averaged over epochs.
+        no_denoising: Å, the mean absolute error of the noise when guessing zero.
+        title: line above the panels.
+    """
+    figure = Figure(figsize=(13, 7.4), dpi=_DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(2, 3)
+    panels: list[tuple[str, str, float, bool]] = [
+        ("forces_mae", "force MAE, meV/Å", 1000.0, True),
+        ("energy_mae", "energy MAE, meV", 1000.0, True),
+        ("forces_cosine_similarity", "force cosine", 1.0, False),
+    ]
+    for axis, (name, label, scale, logarithmic) in zip(axes[0], panels, strict=True):
+        for run in RUNS:
+            _plot(
+                axis,
+                _by_epoch(curves[run].get(f"train/{name}", {}), steps_per_epoch),
+                run,
+                scale,
+                dashed=True,
+            )
+            _plot(axis, curves[run].get(f"val/{name}", {}), run, scale)
+        _finish(axis, label, logarithmic)
+
+    for run in RUNS:
+        _plot(axes[1, 0], _by_epoch(curves[run].get("train/loss", {}), steps_per_epoch), run, dashed=True)
+        _plot(axes[1, 0], curves[run].get("val/loss", {}), run)
+    _finish(axes[1, 0], "loss (with DeNS, that of training has the noise in it)", True)
+
+    noise = _by_epoch(curves["dens"].get("train/denoising_pos_mae", {}), steps_per_epoch)
+    _plot(axes[1, 1], noise, "dens", dashed=True)
+    axes[1, 1].axhline(no_denoising, color=_INK, linewidth=1, linestyle=":")
+    axes[1, 1].annotate(
+        "guessing no noise",
+        (1, no_denoising),
+        xycoords=("axes fraction", "data"),
+        xytext=(-4, 4),
+        textcoords="offset points",
+        ha="right",
+        va="bottom",
+        fontsize=9,
+        color=_INK,
+    )
+    _finish(axes[1, 1], "noise MAE of corrupted atoms, Å", False)
+    axes[1, 1].set_ylim(0, 1.25 * no_denoising)
+
+    energy = _by_epoch(curves["dens"].get("train/denoising_energy_mae", {}), steps_per_epoch)
+    _plot(axes[1, 2], energy, "dens", 1000.0, dashed=True)
+    ordinary = _by_epoch(curves["dens"].get("train/energy_mae", {}), steps_per_epoch)
+    _plot(axes[1, 2], ordinary, "dens", 1000.0, dashed=True, faint=True)
+    _finish(axes[1, 2], "energy MAE in training with DeNS, meV", True)
+    axes[1, 2].legend(
+        handles=[
+            Line2D([], [], color=COLORS["dens"], linestyle="--", label="corrupted structures"),
+            Line2D([], [], color=COLORS["dens"], linestyle="--", alpha=0.35, label="ordinary structures"),
+        ],
+        frameon=False,
+        fontsize=9,
+    )
+
+    figure.suptitle(title, fontsize=13, color=_INK)
+    handles = [Line2D([], [], color=COLORS[run], linewidth=2, label=TITLES[run]) for run in RUNS]
+    handles += [
+        Line2D([], [], color=_INK, linewidth=1.6, label="validation (unseen systems)"),
+        Line2D([], [], color=_INK, linewidth=1.2, linestyle="--", label="training"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=11)
+    _save(figure, file)
+
+
+def _by_epoch(curve: Curve, steps_per_epoch: int) -> Curve:
+    """Average over epochs. fairchem's metrics are running means that start anew after each line of its log: only their last values count."""
+    epochs: dict[int, list[float]] = {}
+    for step in [step for step in curve if step % PRINT_EVERY == 0 or step == max(curve)]:
+        epochs.setdefault((step - 1) // steps_per_epoch, []).append(curve[step])
+    return {(epoch + 1) * steps_per_epoch: float(np.mean(values)) for epoch, values in epochs.items()}
+
+
+def _plot(
+    axis: Axes, curve: Curve, run: str, scale: float = 1.0, *, dashed: bool = False, faint: bool = False
+) -> None:
+    axis.plot(
+        list(curve),
+        [scale * value for value in curve.values()],
+        color=COLORS[run],
+        linewidth=1.2 if dashed else 2.0,
+        linestyle="--" if dashed else "-",
+        marker="o" if len(curve) == 1 else None,  # a line of one point would not be seen
+        alpha=0.35 if faint else 1.0,
+        zorder=3 if run == "dens" else 2,
+    )
+
+
+def _finish(axis: Axes, label: str, logarithmic: bool) -> None:
+    axis.set_title(label, fontsize=11, color=_INK, loc="left")
+    axis.set_xlabel("step", fontsize=9, color=_INK)
+    if logarithmic:
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "25" else "")
+        axis.tick_params(which="minor", labelsize=8)
+    axis.grid(color=_FAINT, linewidth=0.6, which="both", axis="y")
+    axis.tick_params(colors=_INK, labelsize=9, which="both")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.set_xlim(left=0)
+
+
+def draw_structure(file: str | Path, item: Denoised, *, std: float, title: str) -> None:
+    """Draw one structure three times, from the side and from above: with its forces, corrupted, denoised.
+
+    Displacements are far smaller than atoms, so their arrows are drawn longer than they are; the picture says
+    by how much.
+
+    Args:
+        file: PNG to write.
+        item: the structure.
+        std: σ of the noise, Å.
+        title: line above the panels.
+    """
+    clean = item.clean
+    forces = clean[keys.FORCES].numpy()
+    numbers = clean[keys.ATOMIC_NUMBERS].numpy()
+    fixed = clean[keys.FIXED].numpy() != 0
+    cell = clean[keys.CELL][0].numpy()
+    noise = item.corrupted_pos - clean[keys.POS].numpy()
+    left = item.denoised_pos - clean[keys.POS].numpy()
+    positions = _adsorbate_in_one_piece(clean[keys.POS].numpy(), cell, clean[keys.TAGS].numpy() == 2)
+    magnified = round(0.8 / std)
+    longest = np.linalg.norm(forces[~fixed], axis=1).max()
+    force_scale = 1.6 / max(longest, 1e-6)
+    share = 100 * (1 - item.gain)
+    panels: list[tuple[str, str, np.ndarray, np.ndarray, str]] = [
+        (
+            "clean",
+            f"arrows: forces, the longest {longest:.2f} eV/Å",
+            force_scale * np.where(fixed[:, None], 0.0, forces),
+            np.zeros_like(positions),
+            "#1f6f43",
+        ),
+        (
+            "corrupted",
+            f"RMSD {item.rmsd(item.corrupted_pos):.3f} Å over {int(item.noise_mask.sum())} atoms · arrows: noise × {magnified}",
+            magnified * noise,
+            noise,
+            COLORS["dens"],
+        ),
+        (
+            "denoised by the model",
+            f"RMSD {item.rmsd(item.denoised_pos):.3f} Å, {abs(share):.0f} % {'less' if share >= 0 else 'more'} · "
+            f"arrows: what is left × {magnified}",
+            magnified * left,
+            left,
+            "#1d4e9e",
+        ),
+    ]
+
+    figure = Figure(figsize=(14, 9.2), dpi=_DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(2, 3, height_ratios=_heights(positions, cell))
+    for column, (name, note, arrows, shift, color) in enumerate(panels):
+        for row, (view, depth) in enumerate((((0, 2), 1), ((0, 1), 2))):
+            axis = axes[row, column]
+            # From the side one looks along +y, from above along -z.
+            order = np.argsort(-positions[:, 1] if depth == 1 else positions[:, 2], kind="stable")
+            _draw_images(axis, positions, numbers, cell, order, view)
+            _draw_atoms(
+                axis, positions + shift, numbers, fixed, item.noise_mask, order, view, color, column > 0
+            )
+            _draw_arrows(axis, positions, arrows, view, color)
+            _draw_cell(axis, cell, positions, view)
+            _frame(axis, positions, cell, view)
+        axes[0, column].set_title(name, fontsize=14, color=_INK, weight="bold", pad=24)
+        axes[0, column].annotate(
+            note, (0.5, 1.0), xycoords="axes fraction", xytext=(0, 7), textcoords="offset points",
+            ha="center", fontsize=9.5, color=color,
+        )  # fmt: skip
+    axes[0, 0].set_ylabel("from the side", fontsize=11, color=_INK)
+    axes[1, 0].set_ylabel("from above", fontsize=11, color=_INK)
+    figure.suptitle(f"{title}\n", fontsize=13, color=_INK)
+    _legend(figure, numbers)
+    _save(figure, file)
+
+
+def _adsorbate_in_one_piece(positions: np.ndarray, cell: np.ndarray, adsorbate: np.ndarray) -> np.ndarray:
+    """Move adsorbate atoms by lattice vectors of the surface: the first to the middle of the cell, the others next to it."""
+    if not adsorbate.any():
+        return positions
+    moved = positions.copy()
+    target = 0.5 * (cell[0] + cell[1])
+    for index in np.flatnonzero(adsorbate):
+        fractions = np.linalg.solve(cell.T, moved[index] - target)
+        moved[index] -= np.round(fractions[:2]) @ cell[:2]
+        target = moved[np.flatnonzero(adsorbate)[0]]
+    return moved
+
+
+def _draw_images(
+    axis: Axes,
+    positions: np.ndarray,
+    numbers: np.ndarray,
+    cell: np.ndarray,
+    order: np.ndarray,
+    view: tuple[int, int],
+) -> None:
+    """Hint at the periodic images around the cell: along x from the side, all around from above."""
+    repeats_y = (-1, 0, 1) if view == (0, 1) else (0,)
+    for repeat_x in (-1, 0, 1):
+        for repeat_y in repeats_y:
+            if repeat_x == repeat_y == 0:
+                continue
+            image = positions + repeat_x * cell[0] + repeat_y * cell[1]
+            for index in order:
+                axis.add_patch(
+                    Circle(
+                        image[index, list(view)],
+                        radius=0.72 * covalent_radii[numbers[index]],
+                        facecolor="#f6f7f8",
+                        edgecolor="#dfe2e6",
+                        linewidth=0.8,
+                        zorder=0.5,
+                    )
+                )
+
+
+def _draw_atoms(
+    axis: Axes,
+    positions: np.ndarray,
+    numbers: np.ndarray,
+    fixed: np.ndarray,
+    moved: np.ndarray,
+    order: Sequence[int] | np.ndarray,
+    view: tuple[int, int],
+    color: str,
+    mark: bool,
+) -> None:
+    for rank, index in enumerate(order):
+        marked = mark and moved[index]
+        axis.add_patch(
+            Circle(
+                positions[index, list(view)],
+                radius=0.72 * covalent_radii[numbers[index]],
+                facecolor=_softened(jmol_colors[numbers[index]], 0.55 if fixed[index] else 0.15),
+                edgecolor=color if marked else "#8b9098" if fixed[index] else _INK,
+                linewidth=2.2 if marked else 0.9,
+                linestyle=(0, (2, 2)) if fixed[index] else "-",
+                zorder=2 + rank / len(numbers),
+            )
+        )
+
+
+def _draw_arrows(
+    axis: Axes, positions: np.ndarray, arrows: np.ndarray, view: tuple[int, int], color: str
+) -> None:
+    for start, arrow in zip(positions[:, list(view)], arrows[:, list(view)], strict=True):
+        length = float(np.linalg.norm(arrow))
+        if length < 0.06:
+            continue
+        axis.add_patch(
+            FancyArrowPatch(
+                start,
+                start + arrow,
+                arrowstyle=f"-|>,head_length={min(5.0, 9 * length):.1f},head_width={min(3.0, 5 * length):.1f}",
+                shrinkA=0,
+                shrinkB=0,
+                linewidth=2.0,
+                color=color,
+                zorder=5,
+            )
+        )
+
+
+def _draw_cell(axis: Axes, cell: np.ndarray, positions: np.ndarray, view: tuple[int, int]) -> None:
+    if view == (0, 1):
+        corners = np.array([np.zeros(3), cell[0], cell[0] + cell[1], cell[1], np.zeros(3)])[:, :2]
+        axis.add_collection(LineCollection([corners], colors="#b9bec5", linewidths=1.2, zorder=1.5))
+    else:
+        bottom = positions[:, 2].min() - 1.2
+        axis.plot([0, cell[0, 0]], [bottom, bottom], color="#b9bec5", linewidth=1.2, zorder=1.5)
+
+
+def _extent(positions: np.ndarray, cell: np.ndarray, view: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    points = [positions[:, list(view)]]
+    if view == (0, 1):
+        points.append(np.array([np.zeros(2), cell[0, :2], cell[1, :2], cell[0, :2] + cell[1, :2]]))
+    both = np.concatenate(points)
+    return both.min(axis=0) - 1.5, both.max(axis=0) + 1.5
+
+
+def _heights(positions: np.ndarray, cell: np.ndarray) -> list[float]:
+    heights = []
+    for view in ((0, 2), (0, 1)):
+        low, high = _extent(positions, cell, view)
+        heights.append(float(high[1] - low[1]))
+    return heights
+
+
+def _frame(axis: Axes, positions: np.ndarray, cell: np.ndarray, view: tuple[int, int]) -> None:
+    low, high = _extent(positions, cell, view)
+    wide_low, wide_high = _extent(positions, cell, (0, 1))
+    axis.set_xlim(min(low[0], wide_low[0]), max(high[0], wide_high[0]))
+    axis.set_ylim(low[1], high[1])
+    axis.set_aspect("equal")
+    axis.set_xticks([])
+    axis.set_yticks([])
+    axis.spines[:].set_visible(False)
+
+
+def _legend(figure: Figure, numbers: np.ndarray) -> None:
+    def dot(color: Any, edge: str, style: Any, label: str) -> Line2D:
+        return Line2D(
+            [], [], linestyle="none", marker="o", markersize=11, markerfacecolor=color, markeredgecolor=edge, label=label
+        )  # fmt: skip
+
+    handles = [
+        dot(_softened(jmol_colors[number], 0.15), _INK, "-", chemical_symbols[number])
+        for number in sorted(set(numbers.tolist()))
+    ]
+    handles.append(dot("#f2f3f4", "#8b9098", "--", "pale: held fixed"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=11)
+
+
+def _softened(color: np.ndarray, white: float) -> tuple[float, float, float]:
+    red, green, blue = (1 - white) * np.asarray(color) + white
+    return float(red), float(green), float(blue)
+
+
+def _save(figure: Figure, file: str | Path) -> None:
+    file = Path(file)
+    aside = file.with_name(f".{file.name}.partial")
+    figure.savefig(aside, format="png", facecolor="white")
+    aside.replace(file)
