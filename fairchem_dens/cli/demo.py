@@ -13,13 +13,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = (
-        "Generate a small OC20-like data set, train EquiformerV2 without and with DeNS on it with the fairchem\n"
-        "command, compare the two, and leave table, pictures, predictions and commands in one folder.\n"
-        "A demo that was cut off goes on where it was when the same command is given again.\n\nbudgets:\n"
+        "Generate a small OC20-like data set, train EquiformerV2 without and with DeNS on it with the\n"
+        "fairchem command, compare the two, and leave table, pictures, predictions and commands in one\n"
+        "folder. "
+        "A demo that was cut off goes on where it was when the same command is given again.\n"
+        "\nbudgets:\n"
         + "\n".join(f"  {name:8} {budget.says}" for name, budget in BUDGETS.items())
     )
-    parser.add_argument("--out", type=Path, default=Path("demo-output"), metavar="FOLDER", help="where everything goes (default: demo-output)")  # fmt: skip
-    parser.add_argument("--budget", choices=list(BUDGETS), default="default", help="how much to compute (default: default)")  # fmt: skip
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("demo-output"),
+        metavar="FOLDER",
+        help="where everything goes (default: demo-output)",
+    )
+    parser.add_argument(
+        "--budget",
+        choices=list(BUDGETS),
+        default="default",
+        help="how much to compute (default: default)",
+    )
     parser.add_argument("--seed", type=int, default=1, help="of data, weights, order and noise (default: 1)")
     parser.add_argument("--epochs", type=int, metavar="N", help="instead of the budget's")
     parser.add_argument("--train-frames", type=int, metavar="N", help="instead of the budget's")

@@ -87,8 +87,8 @@ class EmtSettings:
             raise ValueError(f"'max_force' must be above 0 eV/Å, found {self.max_force}.")
         if self.frames_per_system > (self.relaxation_steps + self.md_steps) // 4:
             raise ValueError(
-                f"'frames_per_system' ({self.frames_per_system}) is more than a quarter of the computed steps "
-                f"({self.relaxation_steps} + {self.md_steps}): the frames would be near copies of each other."
+                f"'frames_per_system' ({self.frames_per_system}) is more than a quarter of the computed "
+                f"steps ({self.relaxation_steps} + {self.md_steps}): the frames would be near copies of each other."
             )
 
     def systems(self, split: str) -> int:
@@ -126,7 +126,7 @@ class Frames:
 
 @cache
 def gas_phase_energy(symbol: str) -> float:
-    """Energy, in eV, that one atom of an adsorbate is counted from: EMT's relaxed H2, H2O, CO and N2, as in OC20."""
+    """Energy (eV) that an adsorbate's atom is counted from: relaxed H2, H2O, CO and N2, as in OC20."""
 
     def relaxed(name: str) -> float:
         atoms = molecule(name, vacuum=6.0)
@@ -180,7 +180,7 @@ def build_slab(rng: np.random.Generator) -> tuple[Atoms, str]:
 
 
 def add_adsorbate(slab: Atoms, name: str, rng: np.random.Generator) -> Atoms:
-    """Return ``slab`` with an adsorbate, tag 2, in a random orientation at a random place just above its surface."""
+    """Return ``slab`` with an adsorbate, tag 2, turned at random, at a random place on its surface."""
     adsorbate = Atoms(name, positions=[(0, 0, 0)]) if len(name) == 1 else _small_molecule(name)
     axis = rng.standard_normal(3)
     adsorbate.rotate(rng.uniform(0, 360), axis / np.linalg.norm(axis), center="COM")
@@ -202,7 +202,7 @@ def _small_molecule(name: str) -> Atoms:
 
 
 def _contact_height(slab: Atoms, adsorbate: Atoms, clearance: float) -> float:
-    """Lowest shift along z, in Å, at which no adsorbate atom is closer to a metal atom than ``clearance`` times the sum of their radii."""
+    """Lowest shift along z, in Å, that keeps atoms ``clearance`` times the sum of their radii apart."""
     lowest = -np.inf
     for atom in adsorbate:
         for repeat_x in (-1, 0, 1):
@@ -220,11 +220,10 @@ def _contact_height(slab: Atoms, adsorbate: Atoms, clearance: float) -> float:
 
 
 def simulate_system(sid: int, settings: EmtSettings) -> Frames:
-    """Build system ``sid``, relax it, run molecular dynamics and take frames of both; a pure function of its
-    arguments.
+    """Build a system, relax it, run molecular dynamics and take frames of both.
 
-    Frames are chosen evenly over the molecular dynamics and, along the relaxation, more densely at its start,
-    where forces are large.
+    A pure function of its arguments. Frames are chosen evenly over the molecular dynamics and, along the
+    relaxation, more densely at its start, where forces are large.
     """
     rng = generator(settings.seed, sid)
     slab, slab_name = build_slab(rng)
@@ -442,7 +441,7 @@ def _workers(processes: int | None) -> Iterator[ProcessPoolExecutor]:
 
 
 def _end_with(parent: int) -> None:
-    """Watch the parent process from a thread: a killed parent would leave a pool waiting for work for ever."""
+    """Watch the parent from a thread: a killed parent would leave a pool waiting for work for ever."""
 
     def watch() -> None:
         while os.getppid() == parent:

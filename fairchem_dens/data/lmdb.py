@@ -94,7 +94,8 @@ def check_structure(data: Data, *, labels: bool = True) -> None:
         ValueError: a field is missing, has the wrong shape or is not finite; names the structure, the field
             and what was found.
     """
-    who = f"Structure (sid {data[keys.SID] if keys.SID in data else '?'}, fid {data[keys.FID] if keys.FID in data else '?'})"
+    ids = ", ".join(f"{name} {data[name] if name in data else '?'}" for name in (keys.SID, keys.FID))  # noqa: SIM401  # Data.get is new
+    who = f"Structure ({ids})"
     if keys.POS not in data or data[keys.POS].ndim != 2 or data[keys.POS].shape[0] == 0:
         raise ValueError(f"{who} has no atoms: '{keys.POS}' must be of shape (N, 3) with N from 1.")
     natoms = data[keys.POS].shape[0]
@@ -272,6 +273,7 @@ def read_lmdb(path: str | Path) -> Iterator[Data]:
 
     Raises:
         FileNotFoundError: there is no such file, or no ``*.lmdb`` in the folder.
+        ValueError: a structure is missing.
     """
     path = Path(path)
     files = [path] if path.is_file() else sorted(path.glob("*.lmdb"))
@@ -288,4 +290,7 @@ def read_lmdb(path: str | Path) -> Iterator[Data]:
             length = transaction.get(_LENGTH_KEY)
             count = env.stat()["entries"] if length is None else pickle.loads(length)
             for index in range(count):
-                yield pickle.loads(transaction.get(str(index).encode("ascii")))
+                structure = transaction.get(str(index).encode("ascii"))
+                if structure is None:
+                    raise ValueError(f"'{file}' has no structure {index}, but should hold {count}: write it anew.")
+                yield pickle.loads(structure)

@@ -1,1 +1,1 @@
-"""What `fairchem-dens demo` does: plan the runs, run them, collect what came out, and draw and write it down."""
+"""What `fairchem-dens demo` does: plan the runs, run them, collect the results, draw and write them down."""

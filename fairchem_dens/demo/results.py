@@ -1,7 +1,8 @@
-"""Collect what the runs of the demo brought: learning curves, errors on val and test, and how well the noise is predicted."""
+"""Collect what the demo's runs brought: learning curves, errors on val and test, and errors of the noise."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ Curve = dict[int, float]
 """A logged quantity by optimizer step."""
 
 METRICS = ("energy_mae", "forces_mae", "forces_cosine_similarity")
-"""eV, eV/Å, and the mean cosine of the angle between predicted and true force; all as fairchem names and defines them."""
+"""eV, eV/Å, and the mean cosine between predicted and true force, named and defined as in fairchem."""
 
 PREDICTIONS_FILE = "s2ef_predictions.npz"
 _DENOISING_BATCH = 32
@@ -56,7 +57,7 @@ def training_seconds(folder: str | Path) -> float:
     durations: dict[int, float] = {}
     for _, scalars in _event_files(folder):
         events = scalars.get("train/loss", [])
-        for before, after in zip(events[:-1], events[1:], strict=True):
+        for before, after in itertools.pairwise(events):
             if after.step == before.step + 1:
                 durations[after.step] = after.wall_time - before.wall_time
     if not durations:
@@ -122,7 +123,7 @@ def prediction_metrics(predictions: str | Path, labels: str | Path) -> dict[str,
 
 
 def load_model(checkpoint_file: str | Path) -> torch.nn.Module:
-    """Return the model of a checkpoint with the moving average of its weights, in evaluation mode, on the CPU."""
+    """Return a checkpoint's model with the moving average of its weights, in evaluation mode, on the CPU."""
     checkpoint = checkpoints.read(checkpoint_file)
     settings = dict(checkpoint["config"]["model"])
     model = registry.get_model_class(settings.pop("name"))(**settings)
@@ -199,7 +200,10 @@ def denoise(
 
 
 def denoising_mae(denoised: Sequence[Denoised]) -> tuple[float, float]:
-    """Return two mean absolute errors, in Å, over the components of the corrupted atoms: of the model, and of guessing no noise at all."""
+    """Return the mean absolute error of the noise, in Å, of the model and of guessing none.
+
+    The means are over the components of the corrupted atoms.
+    """
     left, before = [], []
     for item in denoised:
         clean = item.clean[keys.POS].numpy()
@@ -209,8 +213,7 @@ def denoising_mae(denoised: Sequence[Denoised]) -> tuple[float, float]:
 
 
 def typical(denoised: Sequence[Denoised]) -> Denoised:
-    """Return the structure in which the model did neither well nor badly: that with the median share of
-    displacement left.
+    """Return the structure with the median share of displacement left: denoised neither well nor badly.
 
     Only structures with at least three corrupted atoms compete, as far as there are any.
     """

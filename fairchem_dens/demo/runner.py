@@ -1,4 +1,4 @@
-"""Run fairchem commands: two at a time where there are two cores, visibly, and so that a killed demo leaves nothing running."""
+"""Run fairchem commands: two at a time where there are two cores, visibly, leaving nothing running."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import IO, Any
 
 from tqdm import tqdm
@@ -62,7 +61,8 @@ def locked(folder: Folder, patience: float = _SECONDS_TO_STOP) -> Iterator[int]:
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     raise ValueError(
-                        f"Another demo is running in '{folder.root}': wait for it, or choose another folder with --out."
+                        f"Another demo is running in '{folder.root}': wait for it, or choose another "
+                        "folder with --out."
                     ) from None
                 if not waiting:
                     print("waiting for an earlier demo in this folder to end ...", flush=True)
@@ -108,7 +108,7 @@ def run_group(
     waiting = [stage for stage in group if folder.read_state(stage.name) is None]
     if not waiting:
         return
-    at_once = at_once or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    at_once = at_once or _cores()
     display = _Display([TITLES[stage.run] for stage in waiting], total_steps)
     queue = list(enumerate(waiting))
     running: dict[int, _Command] = {}
@@ -212,11 +212,15 @@ def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> N
 
 
 def _end_with_parent() -> Callable[[], None] | None:
-    """What a child does first so that Linux sends it SIGTERM when the demo dies without a chance to stop it."""
+    """What a child does first so that Linux sends it SIGTERM when the demo dies without stopping it."""
     if not sys.platform.startswith("linux"):
         return None
     prctl = ctypes.CDLL(None).prctl
     return lambda: prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _Display:
@@ -264,8 +268,3 @@ class _Display:
         """Leave the terminal in order."""
         for bar in self._bars:
             bar.close()
-
-
-def log_files(folder: Folder) -> list[Path]:
-    """The full logs of all commands so far."""
-    return sorted(folder.logs.glob("*.log"))

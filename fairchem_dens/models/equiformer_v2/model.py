@@ -315,7 +315,7 @@ class EquiformerV2DeNS(ParametersOnly):
         )
         frames = edge_frames(graph.vectors, random_roll=self.training)
         for rotation in self.SO3_rotation:
-            rotation.set_wigner(frames)
+            rotation.set_wigner(frames)  # type: ignore[operator]  # a ModuleList forgets what it holds
         edge_features = self._edge_features(graph.distances, atomic_numbers, graph.edge_index)
 
         x = self._embed(data, atomic_numbers)
