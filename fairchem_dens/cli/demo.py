@@ -17,8 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "fairchem command, compare the two, and leave table, pictures, predictions and commands in one\n"
         "folder. "
         "A demo that was cut off goes on where it was when the same command is given again.\n"
-        "\nbudgets:\n"
-        + "\n".join(f"  {name:8} {budget.says}" for name, budget in BUDGETS.items())
+        "\nbudgets:\n" + "\n".join(f"  {name:8} {budget.says}" for name, budget in BUDGETS.items())
     )
     parser.add_argument(
         "--out",

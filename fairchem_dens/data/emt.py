@@ -87,8 +87,8 @@ class EmtSettings:
             raise ValueError(f"'max_force' must be above 0 eV/Å, found {self.max_force}.")
         if self.frames_per_system > (self.relaxation_steps + self.md_steps) // 4:
             raise ValueError(
-                f"'frames_per_system' ({self.frames_per_system}) is more than a quarter of the computed "
-                f"steps ({self.relaxation_steps} + {self.md_steps}): the frames would be near copies of each other."
+                f"'frames_per_system' ({self.frames_per_system}) is more than a quarter of the computed steps, "
+                f"{self.relaxation_steps} + {self.md_steps}: frames would be near copies of each other."
             )
 
     def systems(self, split: str) -> int:

@@ -292,5 +292,7 @@ def read_lmdb(path: str | Path) -> Iterator[Data]:
             for index in range(count):
                 structure = transaction.get(str(index).encode("ascii"))
                 if structure is None:
-                    raise ValueError(f"'{file}' has no structure {index}, but should hold {count}: write it anew.")
+                    raise ValueError(
+                        f"'{file}' has no structure {index}, but should hold {count}: write it anew."
+                    )
                 yield pickle.loads(structure)

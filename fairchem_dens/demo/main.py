@@ -7,7 +7,6 @@ import shutil
 import time
 from typing import Any
 
-import numpy as np
 import yaml
 
 from fairchem_dens.corruption import Corruption
@@ -83,8 +82,9 @@ def _make_data(folder: Folder, settings: Settings) -> dict[str, Any]:
     for name, split in summary["splits"].items():
         left_out = sum(split["frames_left_out"].values())
         print(
-            f"  {name:5} {split['frames']:5} frames of {split['systems']} systems, {split['atoms'][0]} to {split['atoms'][1]} atoms; "
-            f"{left_out} of {split['frames_computed']} computed frames were not fit to be chosen"
+            f"  {name:5} {split['frames']:5} frames of {split['systems']} systems, "
+            f"{split['atoms'][0]} to {split['atoms'][1]} atoms; "
+            f"{left_out} of {split['frames_computed']} computed frames were left out"
         )
     return summary
 
@@ -92,22 +92,24 @@ def _make_data(folder: Folder, settings: Settings) -> dict[str, Any]:
 def _collect(folder: Folder, summary: dict[str, Any]) -> dict[str, Any]:
     per_epoch = plan.steps_per_epoch(summary["splits"]["train"]["frames"])
     curves = {run: results.read_curves(folder.events(run)) for run in RUNS}
+    structures = {split: list(read_lmdb(folder.data / split)) for split in ("train", "val")}
     measured: dict[str, Any] = {}
     for run in RUNS:
-        # fairchem writes under a folder named after the command; one folder for both is easier to find.
+        # fairchem writes into a folder named after the command; one folder for both is easier to find.
         written = folder.root / "results" / f"{run}-predict" / results.PREDICTIONS_FILE
         predictions = folder.predictions / f"{run}_{results.PREDICTIONS_FILE}"
         shutil.copyfile(written, predictions)
+        trained = results.load_trained(folder.checkpoint(run))
         measured[run] = {
             "val": results.validation_metrics(folder, run),
             "test": results.prediction_metrics(predictions, folder.data / "test"),
-            "train_forces_mae": _last_epoch(curves[run]["train/forces_mae"], per_epoch),
+            "train_forces_mae": results.force_mae(trained, structures["train"]),
             "train_seconds": results.training_seconds(folder.events(run)),
         }
 
     corruption = _corruption(folder)
-    structures = list(read_lmdb(folder.data / "val"))
-    denoised = results.denoise(results.load_model(folder.checkpoint("dens")), structures, corruption)
+    trained = results.load_trained(folder.checkpoint("dens"))
+    denoised = results.denoise(trained, structures["val"], corruption)
     mae, no_guess = results.denoising_mae(denoised)
     measured["denoising"] = {
         "mae": mae,
@@ -124,15 +126,16 @@ def _collect(folder: Folder, summary: dict[str, Any]) -> dict[str, Any]:
         curves,
         steps_per_epoch=per_epoch,
         no_denoising=no_guess,
-        title=f"EquiformerV2 {TITLES['baseline']} and {TITLES['dens']}: {frames} training frames, {per_epoch} steps an epoch",
+        title=f"EquiformerV2 {TITLES['baseline']} and {TITLES['dens']}: "
+        f"{frames} training frames, {per_epoch} steps an epoch",
     )
     shown = results.typical(denoised)
     pictures.draw_structure(
         folder.picture,
         shown,
         std=corruption.noise_scale,
-        title=f"A validation structure (sid {shown.clean.sid}, fid {shown.clean.fid}) on which the model denoises neither well nor badly: "
-        f"the median of {len(denoised)}",
+        title=f"A structure of the validation split (sid {shown.clean.sid}, fid {shown.clean.fid}), "
+        "denoised neither well nor badly: the median",
     )
     return measured
 
@@ -141,13 +144,3 @@ def _corruption(folder: Folder) -> Corruption:
     """The corruption that the run with DeNS was trained with."""
     shipped = yaml.safe_load((folder.configs / "demo" / "dens.yml").read_text(encoding="utf-8"))
     return Corruption.from_config(shipped["dataset"]["train"]["transforms"]["dens"])
-
-
-def _last_epoch(curve: results.Curve, steps_per_epoch: int) -> float:
-    end = max(curve)
-    values = [
-        value
-        for step, value in curve.items()
-        if step > end - steps_per_epoch and step % plan.PRINT_EVERY == 0
-    ]
-    return float(np.mean(values)) if values else curve[end]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from fairchem_dens.demo.results import Curve, Denoised
 
 COLORS = {"baseline": "#7a7f87", "dens": "#c8102e"}
 _INK = "#22262b"
+_PALE_INK = "#8b9098"
 _FAINT = "#d9dce0"
 _DPI = 160
 
@@ -110,7 +112,10 @@ def draw_curves(
 
 
 def _by_epoch(curve: Curve, steps_per_epoch: int) -> Curve:
-    """Average over epochs. fairchem's metrics are running means that start anew after each line of its log: only their last values count."""
+    """Average over epochs.
+
+    fairchem's metrics are running means that start anew after each line of its log: their last values count.
+    """
     epochs: dict[int, list[float]] = {}
     for step in [step for step in curve if step % PRINT_EVERY == 0 or step == max(curve)]:
         epochs.setdefault((step - 1) // steps_per_epoch, []).append(curve[step])
@@ -146,6 +151,17 @@ def _finish(axis: Axes, label: str, logarithmic: bool) -> None:
     axis.set_xlim(left=0)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Panel:
+    """A column of the picture: positions are those of the clean structure plus ``shift``."""
+
+    name: str
+    note: str
+    arrows: np.ndarray
+    shift: np.ndarray
+    color: str
+
+
 def draw_structure(file: str | Path, item: Denoised, *, std: float, title: str) -> None:
     """Draw one structure three times, from the side and from above: with its forces, corrupted, denoised.
 
@@ -170,51 +186,59 @@ def draw_structure(file: str | Path, item: Denoised, *, std: float, title: str) 
     longest = np.linalg.norm(forces[~fixed], axis=1).max()
     force_scale = 1.6 / max(longest, 1e-6)
     share = 100 * (1 - item.gain)
-    panels: list[tuple[str, str, np.ndarray, np.ndarray, str]] = [
-        (
-            "clean",
-            f"arrows: forces, the longest {longest:.2f} eV/Å",
-            force_scale * np.where(fixed[:, None], 0.0, forces),
-            np.zeros_like(positions),
-            "#1f6f43",
+    before, after = item.rmsd(item.corrupted_pos), item.rmsd(item.denoised_pos)
+    count = int(item.noise_mask.sum())
+    panels = (
+        _Panel(
+            name="clean",
+            note=f"arrows: forces, the longest {longest:.2f} eV/Å",
+            arrows=force_scale * np.where(fixed[:, None], 0.0, forces),
+            shift=np.zeros_like(positions),
+            color="#1f6f43",
         ),
-        (
-            "corrupted",
-            f"RMSD {item.rmsd(item.corrupted_pos):.3f} Å over {int(item.noise_mask.sum())} atoms · arrows: noise × {magnified}",
-            magnified * noise,
-            noise,
-            COLORS["dens"],
+        _Panel(
+            name="corrupted",
+            note=f"RMSD {before:.3f} Å over {count} atoms · arrows: noise × {magnified}",
+            arrows=magnified * noise,
+            shift=noise,
+            color=COLORS["dens"],
         ),
-        (
-            "denoised by the model",
-            f"RMSD {item.rmsd(item.denoised_pos):.3f} Å, {abs(share):.0f} % {'less' if share >= 0 else 'more'} · "
-            f"arrows: what is left × {magnified}",
-            magnified * left,
-            left,
-            "#1d4e9e",
+        _Panel(
+            name="denoised by the model",
+            note=f"RMSD {after:.3f} Å, {abs(share):.0f} % {'less' if share >= 0 else 'more'}"
+            f" · arrows: what is left × {magnified}",
+            arrows=magnified * left,
+            shift=left,
+            color="#1d4e9e",
         ),
-    ]
+    )
 
     figure = Figure(figsize=(14, 9.2), dpi=_DPI, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, 3, height_ratios=_heights(positions, cell))
-    for column, (name, note, arrows, shift, color) in enumerate(panels):
-        for row, (view, depth) in enumerate((((0, 2), 1), ((0, 1), 2))):
+    from_side, from_above = (0, 2), (0, 1)
+    for column, panel in enumerate(panels):
+        for row, view in enumerate((from_side, from_above)):
             axis = axes[row, column]
-            # From the side one looks along +y, from above along -z.
-            order = np.argsort(-positions[:, 1] if depth == 1 else positions[:, 2], kind="stable")
+            # What is nearer is drawn later. From the side one looks along +y, from above along -z.
+            order = np.argsort(-positions[:, 1] if view == from_side else positions[:, 2], kind="stable")
+            marked = item.noise_mask if column > 0 else np.zeros_like(item.noise_mask)
             _draw_images(axis, positions, numbers, cell, order, view)
-            _draw_atoms(
-                axis, positions + shift, numbers, fixed, item.noise_mask, order, view, color, column > 0
-            )
-            _draw_arrows(axis, positions, arrows, view, color)
+            _draw_atoms(axis, positions + panel.shift, numbers, fixed, marked, order, view, panel.color)
+            _draw_arrows(axis, positions, panel.arrows, view, panel.color)
             _draw_cell(axis, cell, positions, view)
             _frame(axis, positions, cell, view)
-        axes[0, column].set_title(name, fontsize=14, color=_INK, weight="bold", pad=24)
+        axes[0, column].set_title(panel.name, fontsize=14, color=_INK, weight="bold", pad=24)
         axes[0, column].annotate(
-            note, (0.5, 1.0), xycoords="axes fraction", xytext=(0, 7), textcoords="offset points",
-            ha="center", fontsize=9.5, color=color,
-        )  # fmt: skip
+            panel.note,
+            (0.5, 1.0),
+            xycoords="axes fraction",
+            xytext=(0, 7),
+            textcoords="offset points",
+            ha="center",
+            fontsize=9.5,
+            color=panel.color,
+        )
     axes[0, 0].set_ylabel("from the side", fontsize=11, color=_INK)
     axes[1, 0].set_ylabel("from above", fontsize=11, color=_INK)
     figure.suptitle(f"{title}\n", fontsize=13, color=_INK)
@@ -223,7 +247,7 @@ def draw_structure(file: str | Path, item: Denoised, *, std: float, title: str) 
 
 
 def _adsorbate_in_one_piece(positions: np.ndarray, cell: np.ndarray, adsorbate: np.ndarray) -> np.ndarray:
-    """Move adsorbate atoms by lattice vectors of the surface: the first to the middle of the cell, the others next to it."""
+    """Move the adsorbate by lattice vectors: its first atom to the middle, the others next to that."""
     if not adsorbate.any():
         return positions
     moved = positions.copy()
@@ -253,8 +277,8 @@ def _draw_images(
             for index in order:
                 axis.add_patch(
                     Circle(
-                        image[index, list(view)],
-                        radius=0.72 * covalent_radii[numbers[index]],
+                        _point(image[index], view),
+                        radius=_radius(numbers[index]),
                         facecolor="#f6f7f8",
                         edgecolor="#dfe2e6",
                         linewidth=0.8,
@@ -268,25 +292,32 @@ def _draw_atoms(
     positions: np.ndarray,
     numbers: np.ndarray,
     fixed: np.ndarray,
-    moved: np.ndarray,
-    order: Sequence[int] | np.ndarray,
+    marked: np.ndarray,
+    order: np.ndarray,
     view: tuple[int, int],
     color: str,
-    mark: bool,
 ) -> None:
     for rank, index in enumerate(order):
-        marked = mark and moved[index]
         axis.add_patch(
             Circle(
-                positions[index, list(view)],
-                radius=0.72 * covalent_radii[numbers[index]],
+                _point(positions[index], view),
+                radius=_radius(numbers[index]),
                 facecolor=_softened(jmol_colors[numbers[index]], 0.55 if fixed[index] else 0.15),
-                edgecolor=color if marked else "#8b9098" if fixed[index] else _INK,
-                linewidth=2.2 if marked else 0.9,
+                edgecolor=color if marked[index] else _PALE_INK if fixed[index] else _INK,
+                linewidth=2.2 if marked[index] else 0.9,
                 linestyle=(0, (2, 2)) if fixed[index] else "-",
                 zorder=2 + rank / len(numbers),
             )
         )
+
+
+def _point(position: np.ndarray, view: tuple[int, int]) -> tuple[float, float]:
+    return float(position[view[0]]), float(position[view[1]])
+
+
+def _radius(number: int) -> float:
+    """In Å; smaller than the atom, so that the arrows and the atoms behind are seen."""
+    return float(0.72 * covalent_radii[number])
 
 
 def _draw_arrows(
@@ -296,11 +327,12 @@ def _draw_arrows(
         length = float(np.linalg.norm(arrow))
         if length < 0.06:
             continue
+        head = min(5.0, 9 * length)
         axis.add_patch(
             FancyArrowPatch(
                 start,
                 start + arrow,
-                arrowstyle=f"-|>,head_length={min(5.0, 9 * length):.1f},head_width={min(3.0, 5 * length):.1f}",
+                arrowstyle=f"-|>,head_length={head:.1f},head_width={0.6 * head:.1f}",
                 shrinkA=0,
                 shrinkB=0,
                 linewidth=2.0,
@@ -347,16 +379,14 @@ def _frame(axis: Axes, positions: np.ndarray, cell: np.ndarray, view: tuple[int,
 
 
 def _legend(figure: Figure, numbers: np.ndarray) -> None:
-    def dot(color: Any, edge: str, style: Any, label: str) -> Line2D:
-        return Line2D(
-            [], [], linestyle="none", marker="o", markersize=11, markerfacecolor=color, markeredgecolor=edge, label=label
-        )  # fmt: skip
+    def dot(color: Any, edge: str, label: str) -> Line2D:
+        return Line2D([], [], ls="none", marker="o", ms=11, mfc=color, mec=edge, label=label)
 
     handles = [
-        dot(_softened(jmol_colors[number], 0.15), _INK, "-", chemical_symbols[number])
+        dot(_softened(jmol_colors[number], 0.15), _INK, chemical_symbols[number])
         for number in sorted(set(numbers.tolist()))
     ]
-    handles.append(dot("#f2f3f4", "#8b9098", "--", "pale: held fixed"))
+    handles.append(dot("#f2f3f4", _PALE_INK, "pale: held fixed"))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=11)
 
 

@@ -51,24 +51,24 @@ BUDGETS = {
         val_systems=8,
         test_systems=8,
         frames_per_system=4,
-        epochs=8,
+        epochs=10,
         says="under 2.5 minutes on two cores; shows that all works, far too short to compare methods",
     ),
     "default": Budget(
-        train_systems=40,
-        val_systems=24,
-        test_systems=24,
+        train_systems=60,
+        val_systems=30,
+        test_systems=30,
         frames_per_system=4,
-        epochs=55,
-        says="under 10 minutes on two cores",
+        epochs=34,
+        says="under 10 minutes on two cores; little data, so that DeNS pays within that time",
     ),
     "long": Budget(
-        train_systems=75,
-        val_systems=50,
-        test_systems=50,
+        train_systems=120,
+        val_systems=60,
+        test_systems=60,
         frames_per_system=4,
-        epochs=250,
-        says="about an hour on two cores; little data, many epochs: where DeNS pays",
+        epochs=100,
+        says="an hour or so on two cores; more data and many more epochs",
     ),
 }
 
@@ -211,7 +211,7 @@ class Stage:
 
 
 def stages(settings: Settings) -> Iterator[tuple[Stage, ...]]:
-    """Yield groups of commands: those of one group are independent of each other, a group needs the one before it."""
+    """Yield groups of commands: independent of each other within a group, which needs the one before it."""
     for mode in MODES:
         yield tuple(_stage(run, mode, settings) for run in RUNS)
 
@@ -236,8 +236,7 @@ def steps_per_epoch(train_frames: int) -> int:
 
 
 def write_configs(folder: Folder, settings: Settings, summary: dict[str, Any]) -> None:
-    """Write the YAMLs of both runs: the shipped ones, and two that include them and add what depends on the
-    data.
+    """Write the YAMLs: the shipped ones, and two that include them and add what depends on the data.
 
     Args:
         folder: where to; they end in ``configs/``.
@@ -265,7 +264,7 @@ def write_configs(folder: Folder, settings: Settings, summary: dict[str, Any]) -
     }
     for run in RUNS:
         text = yaml.safe_dump({"includes": [f"demo/{run}.yml"], **added}, sort_keys=False)
-        head = f"# Written by `fairchem-dens demo`: its run {TITLES[run]}, with this data set's paths and normalisers.\n"
+        head = f"# The run {TITLES[run]} of `fairchem-dens demo`, which wrote this, on the data in data/.\n"
         write_text(folder.configs / f"{run}.yml", head + text)
 
 
@@ -277,7 +276,7 @@ def write_commands(folder: Folder, settings: Settings, environment: Mapping[str,
     """Write the exact commands of the demo, to be pasted into a shell."""
     lines = [
         "# The fairchem commands of this demo. The data set in data/ was generated before them.",
-        "# A training command that is given again resumes: --timestamp-id names the folder with its checkpoint.",
+        "# A training that is started again resumes: --timestamp-id names the folder with its checkpoint.",
         f"cd {shlex.quote(str(folder.root))}",
         f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH",
         "export " + " ".join(f"{name}={value}" for name, value in environment.items()),
@@ -311,7 +310,7 @@ def claim(folder: Folder, settings: Settings) -> None:
     elif found != wanted:
         names = [name for name, value in wanted.items() if found.get(name) != value]
         raise ValueError(
-            f"'{folder.root}' holds a demo with other settings (different: {', '.join(names)}). Give the options it was started with "
-            "to resume it, remove the folder, or choose another with --out."
+            f"'{folder.root}' holds a demo with other settings (different: {', '.join(names)}). Give the "
+            "options it was started with to resume it, remove the folder, or choose another with --out."
         )
     folder.make()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
@@ -22,45 +23,38 @@ def table(results: Mapping[str, Any]) -> str:
         results: what ``results.json`` holds.
     """
     baseline, dens = results["baseline"], results["dens"]
-    rows: list[tuple[str, ...]] = [("", "without DeNS", "with DeNS", "difference")]
-    for split in ("val", "test"):
-        rows += [
-            _row(
-                f"{split}: energy MAE, meV",
-                baseline[split]["energy_mae"],
-                dens[split]["energy_mae"],
-                1000,
-                ".1f",
-            ),
-            _row(
-                f"{split}: force MAE, meV/Å",
-                baseline[split]["forces_mae"],
-                dens[split]["forces_mae"],
-                1000,
-                ".1f",
-            ),
-            _row(
-                f"{split}: force cosine",
-                baseline[split]["forces_cosine_similarity"],
-                dens[split]["forces_cosine_similarity"],
-                1,
-                ".3f",
-            ),
-        ]
+
+    def row(label: str, before: float, after: float, scale: float, digits: str) -> tuple[str, ...]:
+        if math.isnan(before) or math.isnan(after):
+            return (label, _NOT_AVAILABLE, _NOT_AVAILABLE, "")
+        change = f"{100 * (after - before) / abs(before):+.1f} %" if before else ""
+        return (label, f"{scale * before:{digits}}", f"{scale * after:{digits}}", change)
+
+    metrics = (
+        ("energy_mae", "energy MAE, meV", 1000, ".1f"),
+        ("forces_mae", "force MAE, meV/Å", 1000, ".1f"),
+        ("forces_cosine_similarity", "force cosine", 1, ".3f"),
+    )
     noise = results["denoising"]
-    rows += [
-        ("val: denoising MAE, Å", _NOT_AVAILABLE, f"{noise['mae']:.4f}", f"{noise['mae_of_no_guess']:.4f} if no noise is guessed"),
-        _row("training: force MAE at the end, meV/Å", baseline["train_forces_mae"], dens["train_forces_mae"], 1000, ".1f"),
-        _row("training time, s", baseline["train_seconds"], dens["train_seconds"], 1, ".0f"),
-    ]  # fmt: skip
-    return _aligned(rows)
-
-
-def _row(label: str, baseline: float, dens: float, scale: float, digits: str) -> tuple[str, ...]:
-    if math.isnan(baseline) or math.isnan(dens):
-        return (label, _NOT_AVAILABLE, _NOT_AVAILABLE, "")
-    change = f"{100 * (dens - baseline) / abs(baseline):+.1f} %" if baseline else ""
-    return (label, f"{scale * baseline:{digits}}", f"{scale * dens:{digits}}", change)
+    force_error, seconds = "train_forces_mae", "train_seconds"
+    return _aligned(
+        [
+            ("", "without DeNS", "with DeNS", "difference"),
+            *(
+                row(f"{split}: {label}", baseline[split][name], dens[split][name], scale, digits)
+                for split in ("val", "test")
+                for name, label, scale, digits in metrics
+            ),
+            (
+                "val: denoising MAE, Å",
+                _NOT_AVAILABLE,
+                f"{noise['mae']:.4f}",
+                f"{noise['mae_of_no_guess']:.4f} if no noise is guessed",
+            ),
+            row("train: force MAE, meV/Å", baseline[force_error], dens[force_error], 1000, ".1f"),
+            row("training time, s", baseline[seconds], dens[seconds], 1, ".0f"),
+        ]
+    )
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> str:
@@ -91,7 +85,10 @@ def verdict(results: Mapping[str, Any]) -> str:
             return f"{what} the same within {_SAME:g} %"
         return f"{what} {abs(percent):.1f} % {'lower' if percent < 0 else 'higher'}"
 
-    text = f"On the test systems, with DeNS {said('the force error is', forces)} and {said('the energy error', energy)}."
+    text = (
+        f"On the test systems, with DeNS {said('the force error is', forces)} "
+        f"and {said('the energy error', energy)}."
+    )
     better = [name for name, percent in (("forces", forces), ("energies", energy)) if percent <= -_SAME]
     worse = [name for name, percent in (("forces", forces), ("energies", energy)) if percent >= _SAME]
     if better and worse:
@@ -103,12 +100,11 @@ def verdict(results: Mapping[str, Any]) -> str:
 
 REGIME = """\
 DeNS takes half of the structures away from the ordinary task and gives them to another one, which the model
-must learn as well. So it pays
-late: where a model sees its data often enough to begin to memorise them, as in a long training or on little
-    data. The sign of that
-regime is a training error far below that of validation. In a short training on plenty of data the same
-settings look worse than none. A few percent between two runs of one seed on a few hundred frames is noise; to
-compare methods, train longer (`--budget long`) and with several seeds (`--seed`)."""
+must learn as well. So it pays late: where a model sees its data often enough to begin to memorise them, as in
+a long training or on little data. The sign of that is a training error far below that of validation. In a
+short training on plenty of data the same settings look worse than none. A few percent between two runs of one
+seed on a few hundred frames is noise; to compare methods, train longer (`--budget long`), with several seeds
+(`--seed`)."""
 
 
 def write_report(settings: Settings, summary: Mapping[str, Any], results: Mapping[str, Any]) -> str:
@@ -120,20 +116,18 @@ def write_report(settings: Settings, summary: Mapping[str, Any], results: Mappin
         results: what ``results.json`` holds.
     """
     splits = summary["splits"]
-    per_epoch = steps_per_epoch(splits["train"]["frames"])
-    left_out: dict[str, int] = {}
-    for split in splits.values():
-        for reason, count in split["frames_left_out"].items():
-            left_out[reason] = left_out.get(reason, 0) + count
-    computed = sum(split["frames_computed"] for split in splits.values())
-    said = "; ".join(f"{count} because of {reason}" for reason, count in left_out.items()) or "none"
     train = splits["train"]
-    noise = results["denoising"]
+    per_epoch = steps_per_epoch(train["frames"])
     sizes = ", ".join(
         f"{name} {split['frames']} frames of {split['systems']} systems" for name, split in splits.items()
     )
-    ends = results["baseline"]
-    gap = ends["val"]["forces_mae"] / ends["train_forces_mae"] if ends["train_forces_mae"] else math.nan
+    left_out: Counter[str] = Counter()
+    for split in splits.values():
+        left_out.update(split["frames_left_out"])
+    computed = sum(split["frames_computed"] for split in splits.values())
+    reasons = "; ".join(f"{count} because of {reason}" for reason, count in left_out.items()) or "none"
+    noise = results["denoising"]
+    gap = results["baseline"]["val"]["forces_mae"] / results["baseline"]["train_forces_mae"]
     commands = "\n".join(stage.command for group in stages(settings) for stage in group)
     return f"""\
 # Demo: EquiformerV2 with and without DeNS
@@ -142,9 +136,9 @@ def write_report(settings: Settings, summary: Mapping[str, Any], results: Mappin
 
 {verdict(results)}
 
-Both runs: {settings.epochs} epochs of {per_epoch} steps, seed {settings.seed}, the same model, data, order of batches and learning rates; weights are
-the moving average at the last step, no checkpoint was chosen by its error. Budget `{settings.budget}`. At the end the validation force error of the
-run without DeNS was {gap:.1f} times that of its training.
+Both runs: {settings.epochs} epochs of {per_epoch} steps, seed {settings.seed}, the same model, data, order of
+batches and learning rates. Weights are the moving average at the last step; no checkpoint was chosen by its
+error. Without DeNS the force error was at the end {gap:.1f} times as large on validation as on training data.
 
 ## When DeNS pays
 {REGIME}
@@ -154,23 +148,28 @@ run without DeNS was {gap:.1f} times that of its training.
 ![one structure clean, corrupted and denoised](structure.png)
 
 ## Data
-Slabs of fcc metals and their alloys with small adsorbates, energies and forces from ASE's EMT: {sizes}; {train["atoms"][0]} to {train["atoms"][1]} atoms
-in a training structure. No system is in two splits. Energies are those of adsorption: minus the relaxed clean slab, minus the adsorbate's atoms as
-in H2, H2O, CO and N2. In training they spread by {1000 * train["energy_std"]:.0f} meV; the mean norm of the force on a free atom is
-{1000 * train["force_mean_norm"]:.0f} meV/Å. Of {computed} computed frames these were left out before choosing: {said}.
+Slabs of fcc metals and their alloys with small adsorbates, energies and forces from ASE's EMT:
+{sizes}; {train["atoms"][0]} to {train["atoms"][1]} atoms in a
+training structure. No system is in two splits. Energies are those of adsorption: minus the relaxed clean
+slab, minus the adsorbate's atoms as in H2, H2O, CO and N2. In the training split they spread by
+{1000 * train["energy_std"]:.0f} meV; the mean norm of the force on a free atom is
+{1000 * train["force_mean_norm"]:.0f} meV/Å. Of {computed} computed frames these were left out
+before choosing: {reasons}.
 
 EMT is a toy for H, C, N and O: these numbers compare two ways of training, they say nothing about catalysts.
 
 ## How it was measured
-- Energy and force errors on val: `fairchem --mode validate`. On test: the predictions of `fairchem --mode predict` against the labels.
-  Forces are those on free atoms; the force MAE is a mean over components.
-- Denoising: each validation structure corrupted once with σ = {noise["std"]:g} Å, each free atom with probability {noise["corrupt_ratio"]:g}; the mean
-  over components of |σ·predicted − true noise| of the {noise["atoms"]} corrupted atoms. Without DeNS the noise head is not trained.
-- Training error: mean over the last epoch, while the weights change; with DeNS over the structures that were not corrupted.
-- Training time: both runs at the same time, one core each, evaluations included.
+- Energy and force errors on val: `fairchem --mode validate`. On test: the predictions of
+  `fairchem --mode predict` against the labels. Forces are those on free atoms; their MAE is a mean over
+  components, the cosine one over atoms.
+- Denoising: each validation structure corrupted once with σ = {noise["std"]:g} Å, each free atom with
+  probability {noise["corrupt_ratio"]:g}; mean over components of |σ·predicted − true noise| of the
+  {noise["atoms"]} corrupted atoms. Without DeNS there is no trained noise head.
+- Training data: all training frames with the final weights.
+- Training time: wall time with evaluations, both runs side by side where there are two cores, a thread each.
 
-Versions: fairchem_dens {fairchem_dens.__version__}, fairchem-core {version("fairchem-core")}, \
-torch {version("torch")}, Python {platform.python_version()}.
+Budget `{settings.budget}`; fairchem_dens {fairchem_dens.__version__}, \
+fairchem-core {version("fairchem-core")}, torch {version("torch")}, Python {platform.python_version()}.
 
 ## Commands
 Run in this folder (`commands.txt` has them with their environment):

@@ -28,7 +28,7 @@ METRICS = ("energy_mae", "forces_mae", "forces_cosine_similarity")
 """eV, eV/Å, and the mean cosine between predicted and true force, named and defined as in fairchem."""
 
 PREDICTIONS_FILE = "s2ef_predictions.npz"
-_DENOISING_BATCH = 32
+_BATCH_SIZE = 32
 
 
 def read_curves(folder: str | Path) -> dict[str, Curve]:
@@ -68,7 +68,10 @@ def training_seconds(folder: str | Path) -> float:
 
 
 def _event_files(folder: str | Path) -> list[tuple[Path, dict[str, list[Any]]]]:
-    from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
+    from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
+        SCALARS,
+        EventAccumulator,
+    )
 
     # The time is in the name, with a fixed number of digits.
     files = sorted(Path(folder).glob("events.out.tfevents.*"))
@@ -122,19 +125,46 @@ def prediction_metrics(predictions: str | Path, labels: str | Path) -> dict[str,
     return dict(zip(METRICS, map(float, values), strict=True))
 
 
-def load_model(checkpoint_file: str | Path) -> torch.nn.Module:
-    """Return a checkpoint's model with the moving average of its weights, in evaluation mode, on the CPU."""
+@dataclass(frozen=True)
+class Trained:
+    """The end of a run, on the CPU.
+
+    Attributes:
+        model: with the moving average of its weights, in evaluation mode.
+        force_rmsd: what its forces are to be multiplied by, eV/Å.
+    """
+
+    model: torch.nn.Module
+    force_rmsd: float
+
+
+def load_trained(checkpoint_file: str | Path) -> Trained:
+    """Load a checkpoint of the demo."""
     checkpoint = checkpoints.read(checkpoint_file)
     settings = dict(checkpoint["config"]["model"])
     model = registry.get_model_class(settings.pop("name"))(**settings)
-    model.load_state_dict(
-        {name.removeprefix("module."): value for name, value in checkpoint["state_dict"].items()}
-    )
-    if checkpoint.get("ema"):
-        average = ExponentialMovingAverage(model.parameters(), decay=0.0)
-        average.load_state_dict(checkpoint["ema"])
-        average.copy_to()
-    return model.eval()
+    weights = {name.removeprefix("module."): value for name, value in checkpoint["state_dict"].items()}
+    model.load_state_dict(weights)
+    average = ExponentialMovingAverage(model.parameters(), decay=0.0)
+    average.load_state_dict(checkpoint["ema"])
+    average.copy_to()
+    return Trained(model.eval(), float(checkpoint["normalizers"]["forces"]["rmsd"]))
+
+
+def force_mae(trained: Trained, structures: Sequence[Data]) -> float:
+    """Return the mean absolute error, in eV/Å, over the components of the forces on free atoms."""
+    errors = []
+    for start in range(0, len(structures), _BATCH_SIZE):
+        batch = Batch.from_data_list(list(structures[start : start + _BATCH_SIZE]))
+        predicted = trained.force_rmsd * _predict(trained, batch)[keys.FORCES]
+        errors.append((predicted - batch[keys.FORCES])[batch[keys.FIXED] == 0].abs().flatten())
+    return float(torch.cat(errors).mean())
+
+
+def _predict(trained: Trained, batch: Batch) -> dict[str, torch.Tensor]:
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return trained.model(batch)
 
 
 @dataclass(frozen=True)
@@ -165,25 +195,24 @@ class Denoised:
 
 
 def denoise(
-    model: torch.nn.Module, structures: Sequence[Data], corruption: Corruption, seed: int = 0
+    trained: Trained, structures: Sequence[Data], corruption: Corruption, seed: int = 0
 ) -> list[Denoised]:
     """Corrupt structures that the model has not been trained on, and let it guess the noise from the forces.
 
     Structures in which no atom happens to be chosen are left out.
 
     Args:
-        model: a trained model with a noise head.
+        trained: a model with a noise head.
         structures: clean structures with forces.
         corruption: noise level and ratio; all structures are corrupted, whatever its probability.
         seed: of the noise.
     """
     denoised = []
-    for start in range(0, len(structures), _DENOISING_BATCH):
-        chunk = list(structures[start : start + _DENOISING_BATCH])
+    for start in range(0, len(structures), _BATCH_SIZE):
+        chunk = list(structures[start : start + _BATCH_SIZE])
         noisy = [corrupt(data, corruption, seed=seed, epoch=0, selected=True) for data in chunk]
         batch = Batch.from_data_list(noisy)
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            guess = model(batch)[keys.NOISE] * corruption.noise_scale
+        guess = _predict(trained, batch)[keys.NOISE] * corruption.noise_scale
         guess = torch.where(batch[keys.NOISE_MASK][:, None], guess, torch.zeros_like(guess))
         sizes = [data[keys.POS].shape[0] for data in chunk]
         for clean, corrupted, displacement in zip(chunk, noisy, torch.split(guess, sizes), strict=True):

@@ -51,9 +51,7 @@ def test_rotating_forces_rotates_their_encoding(seed, scale, rotation):
     # Unit directions scaled by |f|/√3: the error is relative to the largest force.
     tolerance = 1e-10 * max(1.0, float(forces.norm(dim=1).max()))
     rotated = force_features(forces @ matrix.T, LMAX)
-    torch.testing.assert_close(
-        rotated, force_features(forces, LMAX) @ d_matrix.T, rtol=0, atol=tolerance
-    )
+    torch.testing.assert_close(rotated, force_features(forces, LMAX) @ d_matrix.T, rtol=0, atol=tolerance)
 
 
 @given(seeds, st.tuples(angles, angles, angles))
@@ -86,7 +84,9 @@ def test_agrees_with_e3nn_normalising_by_itself(seed, scale):
     harmonics = o3.spherical_harmonics(list(DEGREES), forces, normalize=True, normalization="component")
     expected = forces.norm(dim=1, keepdim=True) / math.sqrt(3) * harmonics
     # Near a zero of a harmonic, rounding is relative to the largest component.
-    torch.testing.assert_close(force_features(forces, LMAX), expected, rtol=0, atol=1e-12 * expected.abs().max())
+    torch.testing.assert_close(
+        force_features(forces, LMAX), expected, rtol=0, atol=1e-12 * expected.abs().max()
+    )
 
 
 @given(seeds)

@@ -6,6 +6,7 @@ Everything here is in double precision, so that a tolerance says something about
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -28,24 +29,23 @@ few_examples = settings(max_examples=12, suppress_health_check=[HealthCheck.func
 seeds = st.integers(0, 2**32 - 1)
 
 
-@pytest.fixture(autouse=True)
-def _double_precision(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The grids and Wigner matrices of fairchem's blocks have the default precision; its search is single only."""
-    search = graph.radius_graph_pbc
-
-    def search_in_single_precision(*arguments: Any, **keywords: Any) -> Any:
-        torch.set_default_dtype(torch.float32)
-        try:
-            return search(*arguments, **keywords)
-        finally:
-            torch.set_default_dtype(torch.float64)
-
-    monkeypatch.setattr(graph, "radius_graph_pbc", search_in_single_precision)
-    torch.set_default_dtype(torch.float64)
+@contextmanager
+def default_precision(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
     try:
         yield
     finally:
-        torch.set_default_dtype(torch.float32)
+        torch.set_default_dtype(before)
+
+
+@pytest.fixture(autouse=True)
+def _double_precision(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The grids and Wigner matrices of fairchem's blocks have the default precision; its search is single only."""
+    search = default_precision(torch.float32)(graph.radius_graph_pbc)
+    monkeypatch.setattr(graph, "radius_graph_pbc", search)
+    with default_precision(torch.float64):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +54,7 @@ def arguments(model_settings: dict[str, Any]) -> dict[str, Any]:
     return model_settings | {"max_neighbors": 500, "max_radius": 4.0, "num_layers": 2}
 
 
+@default_precision(torch.float64)
 def make_model(arguments: dict[str, Any], **changes: Any) -> EquiformerV2DeNS:
     """A model in evaluation mode whose biases and norms are not the zeros and ones that they start as."""
     torch.manual_seed(0)
@@ -67,11 +68,7 @@ def make_model(arguments: dict[str, Any], **changes: Any) -> EquiformerV2DeNS:
 @pytest.fixture(scope="module")
 def model(arguments: dict[str, Any]) -> EquiformerV2DeNS:
     """With gates instead of grids, which makes all of it equivariant to rounding. Symmetries other than rotation are indifferent to that."""
-    torch.set_default_dtype(torch.float64)
-    try:
-        return make_model(arguments, use_gate_act=True, use_grid_mlp=False)
-    finally:
-        torch.set_default_dtype(torch.float32)
+    return make_model(arguments, use_gate_act=True, use_grid_mlp=False)
 
 
 @pytest.fixture(scope="module")
@@ -112,14 +109,17 @@ def rotation_errors(model: EquiformerV2DeNS, data: Data, matrix: Tensor) -> dict
     before, after = predict(model, data), predict(model, rotated(data, matrix))
     expected = {name: before[name] @ matrix.T if name != "energy" else before[name] for name in OUTPUTS}
     return {
-        name: float((after[name] - expected[name]).abs().max() / expected[name].abs().max()) for name in OUTPUTS
+        name: float((after[name] - expected[name]).abs().max() / expected[name].abs().max())
+        for name in OUTPUTS
     }
 
 
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = ROUNDING) -> None:
     assert set(found) == set(expected)
     for name in expected:
-        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=tolerance, msg=lambda text: f"{name}: {text}")
+        torch.testing.assert_close(
+            found[name], expected[name], rtol=0, atol=tolerance, msg=lambda text: f"{name}: {text}"
+        )
 
 
 class TestRotation:
@@ -129,7 +129,9 @@ class TestRotation:
         torch.manual_seed(seed)
         assert max(rotation_errors(model, batch, o3.rand_matrix()).values()) < ROUNDING
 
-    @pytest.mark.parametrize("orders", [{"lmax_list": [2], "mmax_list": [2]}, {"lmax_list": [3], "mmax_list": [2]}])
+    @pytest.mark.parametrize(
+        "orders", [{"lmax_list": [2], "mmax_list": [2]}, {"lmax_list": [3], "mmax_list": [2]}]
+    )
     def test_error_shrinks_with_grid_resolution(self, arguments, batch, orders):
         """Up to what the S2 activation aliases.
 
@@ -141,7 +143,9 @@ class TestRotation:
         worst = {}
         for resolution in tolerance:
             model = make_model(arguments, grid_resolution=resolution, **orders)
-            worst[resolution] = max(max(rotation_errors(model, batch, matrix).values()) for matrix in matrices)
+            worst[resolution] = max(
+                max(rotation_errors(model, batch, matrix).values()) for matrix in matrices
+            )
         assert all(worst[resolution] < tolerance[resolution] for resolution in tolerance), worst
         assert worst[20] < worst[14] / 30 and worst[14] < worst[8] / 30, worst
 
@@ -243,7 +247,16 @@ class TestPermutation:
         data = conditioned(0)
         order = torch.randperm(data.num_nodes, generator=torch.Generator().manual_seed(seed))
         shuffled = data.clone()
-        for name in ("pos", "atomic_numbers", "fixed", "tags", "forces", "noise_mask", "condition_forces", "sigmas"):
+        for name in (
+            "pos",
+            "atomic_numbers",
+            "fixed",
+            "tags",
+            "forces",
+            "noise_mask",
+            "condition_forces",
+            "sigmas",
+        ):
             shuffled[name] = data[name][order]
         expected = predict(model, Batch.from_data_list([data]))
         expected = {name: value if name == "energy" else value[order] for name, value in expected.items()}
@@ -304,15 +317,23 @@ class TestBatching:
         assert_same(predict(model, data), predict(model, Batch.from_data_list([data])))
 
 
+@pytest.fixture(scope="module")
+def molecular(arguments: dict[str, Any]) -> EquiformerV2DeNS:
+    return make_model(arguments, use_pbc=False)
+
+
+@pytest.fixture(scope="module")
+def periodic(arguments: dict[str, Any]) -> EquiformerV2DeNS:
+    return make_model(arguments, use_pbc=True)
+
+
+@pytest.fixture(scope="module")
+def stored(arguments: dict[str, Any]) -> EquiformerV2DeNS:
+    """Of the same parameters as ``model``."""
+    return make_model(arguments, use_gate_act=True, use_grid_mlp=False, otf_graph=False)
+
+
 class TestMolecules:
-    @pytest.fixture(scope="class")
-    def molecular(self, arguments) -> EquiformerV2DeNS:
-        return make_model(arguments, use_pbc=False)
-
-    @pytest.fixture(scope="class")
-    def periodic(self, arguments) -> EquiformerV2DeNS:
-        return make_model(arguments, use_pbc=True)
-
     @pytest.fixture
     def structures(self, conditioned) -> list[Data]:
         return [conditioned(0), conditioned(1, natoms=7)]
@@ -324,7 +345,8 @@ class TestMolecules:
         for data in structures:
             del data.cell, data.pbc
         assert_same(
-            predict(molecular, Batch.from_data_list(structures)), predict(periodic, Batch.from_data_list(boxed))
+            predict(molecular, Batch.from_data_list(structures)),
+            predict(periodic, Batch.from_data_list(boxed)),
         )
 
     def test_a_cell_is_not_looked_at(self, molecular, structures):
@@ -339,7 +361,8 @@ class TestMolecules:
             data.pbc = torch.tensor([[False, False, False]])
             box.cell = 1000 * torch.eye(3)[None]
         assert_same(
-            predict(periodic, Batch.from_data_list(structures)), predict(periodic, Batch.from_data_list(boxed))
+            predict(periodic, Batch.from_data_list(structures)),
+            predict(periodic, Batch.from_data_list(boxed)),
         )
 
     def test_periodic_graph_without_a_cell_is_refused(self, periodic, structures):
@@ -350,10 +373,6 @@ class TestMolecules:
 
 
 class TestStoredEdges:
-    @pytest.fixture(scope="class")
-    def stored(self, arguments) -> EquiformerV2DeNS:
-        return make_model(arguments, use_gate_act=True, use_grid_mlp=False, otf_graph=False)
-
     def test_give_what_a_search_gives(self, stored, model, structure, arguments):
         batch = Batch.from_data_list([structure(0, dtype=torch.float64), structure(1, dtype=torch.float64)])
         search = batch.clone()
@@ -398,12 +417,24 @@ class TestWithoutNeighbours:
         slab = conditioned(0, natoms=9)
         slab.pbc = torch.tensor([[True, True, False]])
         both = slab.clone()
-        for name in ("pos", "condition_forces", "forces", "atomic_numbers", "fixed", "tags", "noise_mask", "sigmas"):
+        for name in (
+            "pos",
+            "condition_forces",
+            "forces",
+            "atomic_numbers",
+            "fixed",
+            "tags",
+            "noise_mask",
+            "sigmas",
+        ):
             both[name] = torch.cat([slab[name], slab[name][-1:]])
         both.natoms = 10
         # In a skewed cell other images of it pass above other places, all as far away.
         both.pos[-1, 2] += 100
-        with_atom, without = predict(model, Batch.from_data_list([both])), predict(model, Batch.from_data_list([slab]))
+        with_atom, without = (
+            predict(model, Batch.from_data_list([both])),
+            predict(model, Batch.from_data_list([slab])),
+        )
         for name in ("forces", "noise"):
             torch.testing.assert_close(with_atom[name][:9], without[name], rtol=0, atol=ROUNDING)
             assert torch.isfinite(with_atom[name]).all()
@@ -417,7 +448,10 @@ class TestLeavesAlone:
             data.pbc = torch.tensor([True, True, True])
             data.atomic_numbers = data.atomic_numbers.to(torch.uint8)
         batch = Batch.from_data_list(structures)
-        before = {name: value.clone() if torch.is_tensor(value) else value for name, value in batch.to_dict().items()}
+        before = {
+            name: value.clone() if torch.is_tensor(value) else value
+            for name, value in batch.to_dict().items()
+        }
         model.train(training)
         try:
             model(batch)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,16 +51,18 @@ class Runner:
         assert (process.returncode != 0) == fails, output[-6000:]
         return output
 
-    def stop_at(self, name: str, step: int, signum: int) -> int:
-        """Send a signal once a step has been reported; return the exit status."""
+    def stop_at(self, name: str, words: str, signum: int, status: int) -> None:
+        """Send a signal once something has been said, and expect this exit status."""
         process = self.start(name)
         assert process.stdout is not None
+        said = []
         for line in process.stdout:
-            if f"step: {step:.2e}" in line:
+            said.append(line)
+            if words in line:
                 process.send_signal(signum)
                 break
-        process.stdout.read()
-        return process.wait(timeout=120)
+        said += process.stdout.readlines()
+        assert process.wait(timeout=120) == status, "".join(said)[-6000:]
 
     def file(self, name: str, file: str = "checkpoint.pt") -> Path:
         return self.folder / "checkpoints" / name / file
@@ -97,9 +97,9 @@ def test_killed_and_resumed_is_undisturbed(runner, run_settings, switch: str) ->
     whole = run.checkpoint("whole")
     assert whole["step"] == STEPS
 
-    assert run.stop_at("killed", 6, signal.SIGKILL) == -signal.SIGKILL
+    run.stop_at("killed", "step: 6.00e+00", signal.SIGKILL, -signal.SIGKILL)
     assert run.checkpoint("killed")["step"] == 4
-    assert run.stop_at("killed", 7, signal.SIGTERM) == 128 + signal.SIGTERM
+    run.stop_at("killed", "step: 7.00e+00", signal.SIGTERM, 128 + signal.SIGTERM)
     assert 7 <= run.checkpoint("killed")["step"] < STEPS
     run.run("killed")
     assert_same_run(whole, run.checkpoint("killed"))
@@ -219,15 +219,7 @@ def test_sigterm_in_the_middle_of_an_evaluation(runner, run_settings) -> None:
     run_settings["optim"] |= {"eval_every": 6, "checkpoint_every": 6}
     run = runner(run_settings)
     run.run("whole")
-    process = run.start("stopped")
-    assert process.stdout is not None
-    for line in process.stdout:
-        if "Evaluating on val." in line:
-            time.sleep(0.02)
-            process.send_signal(signal.SIGTERM)
-            break
-    process.stdout.read()
-    assert process.wait(timeout=120) == 128 + signal.SIGTERM
+    run.stop_at("stopped", "Evaluating on val.", signal.SIGTERM, 128 + signal.SIGTERM)
     assert run.checkpoint("stopped")["step"] in (6, 7)
     run.run("stopped")
     assert_same_run(run.checkpoint("whole"), run.checkpoint("stopped"))
@@ -269,7 +261,6 @@ def test_two_ranks_equal_one(runner, run_settings) -> None:
     assert changed > 1e-4
 
 
-@pytest.mark.skipif(os.name != "posix", reason="signals")
 def test_no_file_is_written_in_the_middle_of_an_update(make_trainer, run_settings) -> None:
     trainer = make_trainer(run_settings)
     trainer.train(disable_eval_tqdm=True)

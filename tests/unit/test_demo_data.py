@@ -142,9 +142,14 @@ def test_failed_writer_leaves_the_old_set(tmp_path):
         writer.add(structure(5))
     bad = structure(7)
     del bad.forces
-    with pytest.raises(ValueError, match="forces"), LmdbWriter(tmp_path / "set", overwrite=True) as writer:
-        for data in (structure(6), bad):
-            writer.add(data)
+
+    def write():
+        with LmdbWriter(tmp_path / "set", overwrite=True) as writer:
+            writer.add(structure(6))
+            writer.add(bad)
+
+    with pytest.raises(ValueError, match="forces"):
+        write()
     assert [data.fid for data in read_lmdb(tmp_path / "set")] == [5]
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
 
