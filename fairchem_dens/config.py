@@ -6,6 +6,7 @@ The one place that knows how DeNS was configured elsewhere.
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,16 @@ def translate_authors_keys(
         train["transforms"] = {**(train.get("transforms") or {}), "dens": dens}
     noise = {"fn": "l2mae", "coefficient": theirs["denoising_pos_coefficient"]}
     return optim, dataset, [*(loss_functions or []), {NOISE: noise}]
+
+
+def with_expanded_paths(dataset: Any) -> Any:
+    """Return the data settings with ``$VARIABLE`` and ``~`` expanded in each ``src``; fairchem expands neither."""
+    dataset = copy.deepcopy(dataset)
+    for split in _splits(dataset).values():
+        if isinstance(split.get("src"), str):
+            # Not a Path: other formats than LMDB take addresses here, which a Path would garble.
+            split["src"] = os.path.expanduser(os.path.expandvars(split["src"]))  # noqa: PTH111
+    return dataset
 
 
 def _splits(dataset: Any) -> dict[str, dict[str, Any]]:

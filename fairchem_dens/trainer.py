@@ -72,7 +72,7 @@ class DeNSTrainer(EquiformerV2ForcesTrainer):
         given["name"] = TASK
         given["seed"] = given.get("seed") or 0
         given["optimizer"], given["dataset"], given["loss_functions"] = config.translate_authors_keys(
-            given["optimizer"], given["dataset"], given["loss_functions"]
+            given["optimizer"], config.with_expanded_paths(given["dataset"]), given["loss_functions"]
         )
         self.noise_loss, ordinary = config.take_noise_loss(given["loss_functions"])
         config.check_targets(ordinary, given["outputs"] or {})
@@ -125,6 +125,13 @@ class DeNSTrainer(EquiformerV2ForcesTrainer):
         super().load(inference_only)
         if not inference_only and self.train_dataset is not None and distutils.is_master():
             self._say_what_will_happen()
+
+    def load_logger(self) -> None:
+        """Open the logger; ``logger: none`` opens none, which fairchem has no name for."""
+        if self.config["logger"] == "none":
+            self.logger = None
+        else:
+            super().load_logger()
 
     def load_datasets(self) -> None:
         """Open the data and arm the corruption on the train split.

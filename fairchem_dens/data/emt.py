@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import sys
 import threading
 import time
 from collections import Counter
@@ -87,7 +89,7 @@ class EmtSettings:
             raise ValueError(f"'max_force' must be above 0 eV/Å, found {self.max_force}.")
         if self.frames_per_system > (self.relaxation_steps + self.md_steps) // 4:
             raise ValueError(
-                f"'frames_per_system' ({self.frames_per_system}) is more than a quarter of the computed steps, "
+                f"'frames_per_system' ({self.frames_per_system}) is more than a quarter of all computed, "
                 f"{self.relaxation_steps} + {self.md_steps}: frames would be near copies of each other."
             )
 
@@ -364,7 +366,14 @@ def generate(
         for split in SPLITS:
             sids = settings.sids(split)
             systems = pool.map(simulate_system, sids, [settings] * len(sids))
-            bar = tqdm(systems, total=len(sids), desc=f"  {split:5}", unit="system", disable=not progress)
+            bar = tqdm(
+                systems,
+                total=len(sids),
+                desc=f"  {split:5}",
+                unit="system",
+                disable=not progress,
+                mininterval=0.1 if sys.stderr.isatty() else 10.0,  # a log file wants no animation
+            )
             splits[split] = _write_split(folder / split, bar)
     summary = {
         "settings": asdict(settings),
@@ -427,12 +436,13 @@ def _workers(processes: int | None) -> Iterator[ProcessPoolExecutor]:
     processes = processes or min(4, os.cpu_count() or 1)
     threads = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
     os.environ.update(dict.fromkeys(threads, "1"))  # read by the new processes; also makes results repeatable
+    pool = ProcessPoolExecutor(
+        processes, mp_context=get_context("spawn"), initializer=_end_with, initargs=(os.getpid(),)
+    )
     try:
-        with ProcessPoolExecutor(
-            processes, mp_context=get_context("spawn"), initializer=_end_with, initargs=(os.getpid(),)
-        ) as pool:
-            yield pool
+        yield pool
     finally:
+        pool.shutdown(cancel_futures=True)
         for name, value in threads.items():
             if value is None:
                 os.environ.pop(name)
@@ -442,6 +452,9 @@ def _workers(processes: int | None) -> Iterator[ProcessPoolExecutor]:
 
 def _end_with(parent: int) -> None:
     """Watch the parent from a thread: a killed parent would leave a pool waiting for work for ever."""
+
+    # Ctrl-C reaches all processes of a terminal; the parent decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch() -> None:
         while os.getppid() == parent:

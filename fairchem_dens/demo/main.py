@@ -34,6 +34,7 @@ def run_demo(folder: Folder, settings: Settings) -> dict[str, Any]:
         fairchem_dens.demo.runner.StageError: a fairchem command failed.
     """
     started = time.monotonic()
+    plan.refuse_foreign(folder)
     with runner.sigterm_as_interrupt(), runner.locked(folder) as lock:
         plan.claim(folder, settings)
         _say(f"Demo '{settings.budget}' in {folder.root}: {BUDGETS[settings.budget].says}")

@@ -292,19 +292,26 @@ def fairchem_executable() -> list[str]:
     return [str(script)] if script.is_file() else [sys.executable, "-m", "fairchem.core._cli"]
 
 
+def refuse_foreign(folder: Folder) -> None:
+    """Leave a folder alone that holds something else than a demo.
+
+    Raises:
+        ValueError: it does.
+    """
+    occupied = folder.root.exists() and (not folder.root.is_dir() or any(folder.root.iterdir()))
+    if occupied and not folder.lock.parent.is_dir():
+        raise ValueError(f"'{folder.root}' exists and is not the folder of a demo: choose another with --out.")
+
+
 def claim(folder: Folder, settings: Settings) -> None:
     """Bind a folder to these settings, so that what is in it is resumed and never mixed with something else.
 
     Raises:
-        ValueError: it holds a demo with other settings, or files that are not of a demo.
+        ValueError: it holds a demo with other settings.
     """
     wanted = asdict(settings)
     found = folder.read_state("settings")
     if found is None:
-        if folder.root.is_dir() and any(path.name != ".state" for path in folder.root.iterdir()):
-            raise ValueError(
-                f"'{folder.root}' exists and is not the folder of a demo: choose another with --out."
-            )
         folder.make()
         folder.write_state("settings", wanted)
     elif found != wanted:

@@ -234,6 +234,7 @@ class _Display:
         self._progress: list[tuple[int, float | None]] = [(0, None)] * len(titles)
         self._bars: list[Any] = []
         if total_steps is not None and sys.stderr.isatty():
+            tqdm.monitor_interval = 0  # no thread besides this one, which forks
             self._bars = [
                 tqdm(total=total_steps, desc=f"  {title:13}", unit="step", position=position, leave=True)
                 for position, title in enumerate(titles)

@@ -207,7 +207,7 @@ def test_baseline_is_the_same_network(runner, run_settings) -> None:
     del run_settings["dataset"]["train"]["transforms"]["dens"]
     baseline = runner(run_settings)
     output = baseline.run("baseline")
-    assert "DeNS is off" in output and "denoising" not in output
+    assert "DeNS is off" in output and "denoising_pos_mae" not in output
     one, other = dens.checkpoint("dens")["state_dict"], baseline.checkpoint("baseline")["state_dict"]
     assert one.keys() == other.keys()
     assert not torch.equal(one["sphere_embedding.weight"], other["sphere_embedding.weight"])

@@ -107,10 +107,13 @@ def test_folder_belongs_to_one_demo(folder, tmp_path):
     plan.claim(Folder(tmp_path / "new"), settings)
     with pytest.raises(ValueError, match=r"other settings \(different: seed, data\)"):
         plan.claim(Folder(tmp_path / "new"), Settings.make(budget="ci", seed=2))
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.tex").touch()
-    with pytest.raises(ValueError, match="is not the folder of a demo"):
-        plan.claim(Folder(tmp_path / "mine"), settings)
+
+
+def test_folder_with_something_else_is_left_alone(tmp_path, capsys):
+    (tmp_path / "thesis.tex").touch()
+    assert main(["demo", "--out", str(tmp_path), "--budget", "ci", "--cpu"]) == 2
+    assert "is not the folder of a demo" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_gpu_that_is_not_there_is_said(tmp_path, capsys, monkeypatch):

@@ -31,7 +31,7 @@ def batch(structure: Callable[..., Data]) -> Batch:
 
 @pytest.fixture
 def corrupted(batch: Batch) -> Batch:
-    """The first structure corrupted in every other atom, the second an ordinary one; all five fields on both."""
+    """The first structure corrupted in every other atom, the second an ordinary one; both with all fields."""
     batch = batch.clone()
     first = batch.batch == 0
     batch.noise_mask = first & (torch.arange(len(first)) % 2 == 0)
@@ -56,8 +56,9 @@ def randomised(model: EquiformerV2DeNS) -> EquiformerV2DeNS:
 
 
 def predict(model: torch.nn.Module, data: Data) -> dict[str, Tensor]:
+    # The stock model switches gradients on by itself.
     with torch.no_grad():
-        return model(data)
+        return {name: value.detach() for name, value in model(data).items()}
 
 
 def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
@@ -437,7 +438,7 @@ class TestWeightDecay:
         for name in ("sphere_embedding.weight", "source_embedding.weight", "target_embedding.weight",
                      "force_embedding.weight", "noise_schedule_sigma_embedding.weight"):  # fmt: skip
             assert name in decayed, name
-        for name in ("force_embedding.bias", "noise_schedule_sigma_embedding.bias", 
+        for name in ("force_embedding.bias", "noise_schedule_sigma_embedding.bias",
                      "norm.affine_weight", "norm.norm_l0.weight", "norm.norm_l0.bias"):  # fmt: skip
             assert name in kept, name
         assert not any(name.endswith("bias") for name in decayed)
@@ -453,8 +454,15 @@ class TestGradients:
     """Distributed training waits for the gradient of each parameter."""
 
     @pytest.mark.parametrize("kind", ["ordinary", "partly corrupted", "all conditioned"])
-    @pytest.mark.parametrize("changes", [{}, {"use_noise_schedule_sigma_encoding": True}, {"use_force_encoding": False},
-                                         {"predict_noise": False}])  # fmt: skip
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {},
+            {"use_noise_schedule_sigma_encoding": True},
+            {"use_force_encoding": False},
+            {"predict_noise": False},
+        ],
+    )
     def test_each_parameter_has_one(self, model_settings, batch, corrupted, kind, changes):
         data = batch if kind == "ordinary" else corrupted
         if kind == "all conditioned":
@@ -487,11 +495,24 @@ def test_number_of_parameters(model):
 )
 def test_number_of_parameters_of_the_papers_models(changes, count):
     settings: dict[str, Any] = {
-        "max_radius": 12.0, "num_layers": 12, "sphere_channels": 128, "attn_hidden_channels": 64, "num_heads": 8,
-        "attn_alpha_channels": 64, "attn_value_channels": 16, "ffn_hidden_channels": 128, "norm_type": "layer_norm_sh",
-        "lmax_list": [6], "mmax_list": [2], "grid_resolution": 18, "edge_channels": 128, "use_grid_mlp": True,
-        "attn_activation": "silu", "ffn_activation": "silu", "weight_init": "uniform",
-    }  # fmt: skip
+        "max_radius": 12.0,
+        "num_layers": 12,
+        "sphere_channels": 128,
+        "attn_hidden_channels": 64,
+        "num_heads": 8,
+        "attn_alpha_channels": 64,
+        "attn_value_channels": 16,
+        "ffn_hidden_channels": 128,
+        "norm_type": "layer_norm_sh",
+        "lmax_list": [6],
+        "mmax_list": [2],
+        "grid_resolution": 18,
+        "edge_channels": 128,
+        "use_grid_mlp": True,
+        "attn_activation": "silu",
+        "ffn_activation": "silu",
+        "weight_init": "uniform",
+    }
     assert EquiformerV2DeNS(**settings | changes).num_params == count
 
 
