@@ -106,8 +106,8 @@ class DeNSTrainer(EquiformerV2ForcesTrainer):
     def _get_timestamp(device: torch.device, suffix: str | None) -> str:
         """Name a run by its start to the second, the same on all ranks.
 
-        fairchem rounds to single precision, about two minutes, and a run that finds a checkpoint under its name
-        resumes it: of two runs that start close together the second would continue the first.
+        fairchem rounds to single precision, about two minutes, and a run that finds a checkpoint under its
+        name resumes it: of two runs that start close together the second would continue the first.
         """
         now = torch.tensor(int(datetime.datetime.now().timestamp()), device=device)
         distutils.broadcast(now, 0)

@@ -300,7 +300,9 @@ def refuse_foreign(folder: Folder) -> None:
     """
     occupied = folder.root.exists() and (not folder.root.is_dir() or any(folder.root.iterdir()))
     if occupied and not folder.lock.parent.is_dir():
-        raise ValueError(f"'{folder.root}' exists and is not the folder of a demo: choose another with --out.")
+        raise ValueError(
+            f"'{folder.root}' exists and is not the folder of a demo: choose another with --out."
+        )
 
 
 def claim(folder: Folder, settings: Settings) -> None:

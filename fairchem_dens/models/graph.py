@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from fairchem.core.common.utils import radius_graph_pbc
 from torch import Tensor
+from torch_geometric.data import Data
 from torch_geometric.nn import radius_graph
 
 from fairchem_dens import keys
@@ -57,31 +57,63 @@ def build_graph(
         ValueError: stored edges are asked for but the positions were corrupted, or a periodic graph has no
             cell.
     """
-    pos, stored = data[keys.POS], not otf_graph and "edge_index" in data
-    if stored and keys.NOISE_MASK in data:
-        raise ValueError("Stored edges do not belong to corrupted positions: set 'model.otf_graph: True'.")
-    if not use_pbc:
-        edge_index = data.edge_index if stored else _molecular_edges(data, cutoff, max_neighbors)
-        offsets = None
-    else:
-        if keys.CELL not in data:
+    # Mixed precision would round lattice vectors to a hundredth of an Å.
+    with torch.autocast(data[keys.POS].device.type, enabled=False):
+        pos, stored = data[keys.POS], not otf_graph and "edge_index" in data
+        if stored and keys.NOISE_MASK in data:
             raise ValueError(
-                f"The structures have no '{keys.CELL}' but 'model.use_pbc' is True: set it to False for "
-                "molecules."
+                "Stored edges do not belong to corrupted positions: set 'model.otf_graph: True'."
             )
-        if stored:
-            edge_index, cell_offsets = data.edge_index, data.cell_offsets
+        if not use_pbc:
+            edge_index = data.edge_index if stored else _molecular_edges(data, cutoff, max_neighbors)
+            offsets = None
         else:
-            single = copy.copy(data)
-            single[keys.POS], single[keys.CELL] = pos.detach().float(), data[keys.CELL].detach().float()
-            edge_index, cell_offsets, _ = radius_graph_pbc(single, cutoff, max_neighbors, strict)
-        cells = data[keys.CELL].to(pos.dtype)[data[keys.BATCH][edge_index[1]]]
-        offsets = torch.bmm(cell_offsets.to(pos.dtype)[:, None], cells)[:, 0]
-    source, target = edge_index
-    vectors = pos[source] - pos[target]
-    if offsets is not None:
-        vectors = vectors + offsets
-    return Graph(edge_index, vectors, torch.linalg.vector_norm(vectors, dim=-1))
+            if keys.CELL not in data:
+                raise ValueError(
+                    f"The structures have no '{keys.CELL}' but 'model.use_pbc' is True: set it to False for "
+                    "molecules."
+                )
+            if stored:
+                edge_index, cell_offsets = data.edge_index, data.cell_offsets
+            else:
+                edge_index, cell_offsets = _periodic_edges(data, cutoff, max_neighbors, strict)
+            cells = data[keys.CELL].to(pos.dtype)[data[keys.BATCH][edge_index[1]]]
+            offsets = torch.bmm(cell_offsets.to(pos.dtype)[:, None], cells)[:, 0]
+        source, target = edge_index
+        vectors = pos[source] - pos[target]
+        if offsets is not None:
+            vectors = vectors + offsets
+        return Graph(edge_index, vectors, torch.linalg.vector_norm(vectors, dim=-1))
+
+
+def _periodic_edges(data: Any, cutoff: float, max_neighbors: int, strict: bool) -> tuple[Tensor, Tensor]:
+    """Return edges (2, E) and, in lattice vectors, what to add to the positions of their sources (E, 3).
+
+    fairchem's search looks one period beyond the cutoff, which is enough for atoms inside the cell only, and
+    knows one periodicity for a whole batch. So it is given wrapped positions, and each periodicity by itself.
+    """
+    batch, natoms = data[keys.BATCH], data[keys.NATOMS]
+    pos, cell = data[keys.POS].detach(), data[keys.CELL].detach().to(data[keys.POS].dtype)
+    pbc = data[keys.PBC].bool() if keys.PBC in data else cell.new_ones(len(natoms), 3, dtype=torch.bool)
+    normals = torch.stack([torch.linalg.cross(cell[:, i - 2], cell[:, i - 1]) for i in range(3)], dim=1)
+    volume = (cell[:, 0] * normals[:, 0]).sum(dim=-1)
+    fractional = (normals[batch] @ pos[:, :, None])[..., 0] / volume[batch, None]
+    # Selected, not multiplied: a structure that is not periodic may have a cell without volume.
+    images = torch.where(pbc[batch], fractional.floor(), torch.zeros_like(fractional))
+    wrapped = pos - (images[:, None] @ cell[batch])[:, 0]
+
+    edges, offsets = [], []
+    for periodicity in pbc.unique(dim=0):
+        chosen = (pbc == periodicity).all(dim=1)
+        atoms = chosen[batch].nonzero()[:, 0]
+        part = Data(
+            pos=wrapped[atoms].float(), cell=cell[chosen].float(), natoms=natoms[chosen], pbc=pbc[chosen]
+        )
+        found, cell_offsets, _ = radius_graph_pbc(part, cutoff, max_neighbors, strict)
+        edge_index = atoms[found]
+        edges.append(edge_index)
+        offsets.append(cell_offsets.to(pos.dtype) - images[edge_index[0]] + images[edge_index[1]])
+    return torch.cat(edges, dim=1), torch.cat(offsets)
 
 
 def _molecular_edges(data: Any, cutoff: float, max_neighbors: int) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ from torch import Tensor, nn
 
 from fairchem_dens import keys
 from fairchem_dens.models.conditioning import ForceEmbedding, add_conditioning
-from fairchem_dens.models.graph import build_graph, edge_frames
+from fairchem_dens.models.graph import Graph, build_graph, edge_frames
 from fairchem_dens.models.inputs import prepared
 from fairchem_dens.models.state import ParametersOnly, make_buffers_transient
 from fairchem_dens.models.weight_decay import no_weight_decay
@@ -43,6 +44,8 @@ AVG_NUM_NODES = 77.81317
 AVG_DEGREE = 23.395238876342773
 """Means over 100 000 structures of OC20 IS2RE, the second within 5 Å: the constants of the paper's code."""
 NUM_GAUSSIANS = 600
+MAX_DEGREE = 11
+"""fairchem tabulates Wigner matrices up to here."""
 
 
 class EquiformerV2DeNS(ParametersOnly):
@@ -60,8 +63,8 @@ class EquiformerV2DeNS(ParametersOnly):
         attn_hidden_channels: hidden channels of attention.
         num_heads, attn_alpha_channels, attn_value_channels: heads, and channels of a head's weight and value.
         ffn_hidden_channels: hidden channels of the feed-forward networks.
-        norm_type: ``layer_norm``, ``layer_norm_sh``, ``rms_norm_sh`` or ``rms_norm_sh_v2``… of fairchem.
-        lmax_list, mmax_list: highest degree and order for each resolution.
+        norm_type: ``layer_norm``, ``layer_norm_sh`` or ``rms_norm_sh``.
+        lmax_list, mmax_list: highest degree and order, each a list of one number.
         grid_resolution: points of the S2 grid along each angle; None for the smallest.
         num_sphere_samples, num_distance_basis: accepted, without effect, as in the paper's code.
         edge_channels: hidden channels of the radial functions.
@@ -144,6 +147,10 @@ class EquiformerV2DeNS(ParametersOnly):
         _require("use_tp_reparam", use_tp_reparam, [False])
         _require("use_s2_act_attn", use_s2_act_attn, [False])
         _require("weight_init", weight_init, ["uniform", "normal"])
+        _require("norm_type", norm_type, ["layer_norm", "layer_norm_sh", "rms_norm_sh"])
+        # fairchem's blocks take any name for these two and use SiLU.
+        _require("attn_activation", attn_activation, ["silu", "scaled_silu"])
+        _require("ffn_activation", ffn_activation, ["silu", "scaled_silu"])
         if use_energy_lin_ref and not load_energy_lin_ref:
             raise ValueError(
                 "'model.use_energy_lin_ref: True' needs 'model.load_energy_lin_ref: True', which holds the "
@@ -153,9 +160,11 @@ class EquiformerV2DeNS(ParametersOnly):
             raise ValueError(
                 "'model.share_atom_edge_embedding: True' needs 'model.use_atom_edge_embedding: True'."
             )
-        self.lmax_list = list(lmax_list) if lmax_list is not None else [6]
-        self.mmax_list = list(mmax_list) if mmax_list is not None else [2]
-        self.lmax = max(self.lmax_list)
+        self.lmax_list = [6] if lmax_list is None else lmax_list
+        self.mmax_list = [2] if mmax_list is None else mmax_list
+        _check_degrees(self.lmax_list, self.mmax_list, grid_resolution)
+        self.lmax_list, self.mmax_list = list(self.lmax_list), list(self.mmax_list)
+        self.lmax = self.lmax_list[0]
         self.use_pbc, self.otf_graph = use_pbc, otf_graph
         self.max_neighbors, self.max_radius = max_neighbors, max_radius
         self.enforce_max_neighbors_strictly = enforce_max_neighbors_strictly
@@ -171,7 +180,7 @@ class EquiformerV2DeNS(ParametersOnly):
 
         # The order in which modules are made is the paper's: optimizer and EMA states of its checkpoints list
         # parameters by position.
-        self.sphere_embedding = nn.Embedding(max_num_elements, sphere_channels * len(self.lmax_list))
+        self.sphere_embedding = nn.Embedding(max_num_elements, sphere_channels)
         self.distance_expansion = GaussianSmearing(0.0, max_radius, NUM_GAUSSIANS, 2.0)
         edge_channels_list = [int(self.distance_expansion.num_output), edge_channels, edge_channels]
         self.source_embedding, self.target_embedding = None, None
@@ -181,7 +190,7 @@ class EquiformerV2DeNS(ParametersOnly):
             edge_channels_list[0] += 2 * edge_channels
         embeds_in_blocks = use_atom_edge_embedding and not share_atom_edge_embedding
 
-        self.SO3_rotation = nn.ModuleList(SO3_Rotation(lmax) for lmax in self.lmax_list)
+        self.SO3_rotation = nn.ModuleList([SO3_Rotation(self.lmax)])
         self.mappingReduced = CoefficientMappingModule(self.lmax_list, self.mmax_list)
         self.SO3_grid = ModuleListInfo(f"({self.lmax}, {self.lmax})")
         for degree in range(self.lmax + 1):
@@ -313,12 +322,22 @@ class EquiformerV2DeNS(ParametersOnly):
             use_pbc=self.use_pbc,
             otf_graph=self.otf_graph,
         )
+        natoms, x = len(atomic_numbers), self._embed(data, atomic_numbers)
+        if graph.edge_index.shape[1] == 0:
+            # fairchem's convolutions cannot be empty. One more atom, its own neighbour and left out of all
+            # outputs, keeps them going, and with them the zero gradients that distributed training waits for.
+            graph = Graph(
+                graph.edge_index.new_full((2, 1), natoms),
+                graph.vectors.new_ones(1, 3),
+                graph.distances.new_ones(1),
+            )
+            atomic_numbers, batch = (torch.cat([values, values[-1:]]) for values in (atomic_numbers, batch))
+            x.set_embedding(torch.cat([x.embedding, x.embedding[-1:]]))
         frames = edge_frames(graph.vectors, random_roll=self.training)
         for rotation in self.SO3_rotation:
             rotation.set_wigner(frames)  # type: ignore[operator]  # a ModuleList forgets what it holds
         edge_features = self._edge_features(graph.distances, atomic_numbers, graph.edge_index)
 
-        x = self._embed(data, atomic_numbers)
         edge_degree = self.edge_degree_embedding(
             atomic_numbers, edge_features, graph.edge_index, len(atomic_numbers)
         )
@@ -331,7 +350,7 @@ class EquiformerV2DeNS(ParametersOnly):
         if self.regress_forces:
 
             def vectors(head: SO2EquivariantGraphAttention) -> Tensor:
-                return head(x, atomic_numbers, edge_features, graph.edge_index).embedding[:, 1:4, 0]
+                return head(x, atomic_numbers, edge_features, graph.edge_index).embedding[:natoms, 1:4, 0]
 
             outputs[keys.FORCES] = vectors(self.force_block)
             if self.predict_noise and (self.training or keys.CONDITION_FORCES in data):
@@ -346,7 +365,7 @@ class EquiformerV2DeNS(ParametersOnly):
         return torch.cat([features, self.source_embedding(source), self.target_embedding(target)], dim=1)
 
     def _embed(self, data: Any, atomic_numbers: Tensor) -> SO3_Embedding:
-        """Atoms on l = 0 of each resolution, then the conditioning."""
+        """Atoms on l = 0, then the conditioning."""
         pos = data[keys.POS]
         x = SO3_Embedding(
             len(atomic_numbers),
@@ -355,11 +374,7 @@ class EquiformerV2DeNS(ParametersOnly):
             pos.device,
             self.sphere_embedding.weight.dtype,
         )
-        atoms = self.sphere_embedding(atomic_numbers).split(self.sphere_channels, dim=1)
-        start = 0
-        for lmax, scalars in zip(self.lmax_list, atoms, strict=True):
-            x.embedding[:, start] = scalars
-            start += (lmax + 1) ** 2
+        x.embedding[:, 0] = self.sphere_embedding(atomic_numbers)
         x.set_embedding(
             add_conditioning(
                 x.embedding,
@@ -372,7 +387,7 @@ class EquiformerV2DeNS(ParametersOnly):
         return x
 
     def _energy(self, x: SO3_Embedding, data: Any) -> Tensor:
-        of_atoms = self.energy_block(x).embedding[:, 0, 0]
+        of_atoms = self.energy_block(x).embedding[: len(data[keys.BATCH]), 0, 0]
         energy = of_atoms.new_zeros(len(data[keys.NATOMS])).index_add(0, data[keys.BATCH], of_atoms)
         energy = energy / self.avg_num_nodes
         if not self.use_denoising_energy and keys.CORRUPTED in data:
@@ -405,9 +420,27 @@ def _initialise_radial_function(module: nn.Module) -> None:
 
 def _require(name: str, value: Any, supported: list[Any]) -> None:
     if value not in supported:
+        raise ValueError(f"'model.{name}' must be {' or '.join(map(repr, supported))}, found {value!r}.")
+
+
+def _check_degrees(lmax_list: Any, mmax_list: Any, grid_resolution: int | None) -> None:
+    for name, degrees in (("lmax_list", lmax_list), ("mmax_list", mmax_list)):
+        if not isinstance(degrees, Sequence) or len(degrees) != 1:
+            raise ValueError(
+                f"'model.{name}' must be a list of one number, found {degrees!r}: "
+                "several resolutions do not work."
+            )
+    (lmax,), (mmax,) = lmax_list, mmax_list
+    if not 1 <= lmax <= MAX_DEGREE:
+        raise ValueError(f"'model.lmax_list' must be between [1] and [{MAX_DEGREE}], found {lmax_list!r}.")
+    if not 0 <= mmax <= lmax:
         raise ValueError(
-            f"'model.{name}' must be {' or '.join(map(repr, supported))}, found {value!r}; the paper uses "
-            "nothing else."
+            f"'model.mmax_list' must be between [0] and 'lmax_list' ({lmax_list!r}), found {mmax_list!r}."
+        )
+    if grid_resolution is not None and (grid_resolution < 2 * (lmax + 1) or grid_resolution % 2):
+        raise ValueError(
+            f"'model.grid_resolution' must be an even number of at least {2 * (lmax + 1)} for lmax {lmax}, "
+            f"found {grid_resolution!r}; or null for the smallest."
         )
 
 
