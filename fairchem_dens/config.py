@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from fairchem_dens.corruption import Corruption
 from fairchem_dens.keys import NOISE
 from fairchem_dens.objective import NoiseLoss
 from fairchem_dens.validation import nearest, refuse_unknown_keys, require_mapping
@@ -77,16 +78,24 @@ def translate_authors_keys(
     levels = ("std",) if params.get("fixed_noise_std", False) else ("std_low", "std_high", "num_steps")
     wanted = ("prob", *levels, "corrupt_ratio", "all_atoms")
     dens = {key: params[key] for key in wanted if params.get(key) is not None} | {"switch": "batch"}
+    # What is wrong is said under the name that its user wrote.
+    Corruption.from_config(dens, where="optim.denoising_pos_params")
     if train:
         train["transforms"] = {**(train.get("transforms") or {}), "dens": dens}
     noise = {"fn": "l2mae", "coefficient": theirs["denoising_pos_coefficient"]}
+    NoiseLoss(coefficient=noise["coefficient"], where="optim.denoising_pos")
     return optim, dataset, [*(loss_functions or []), {NOISE: noise}]
 
 
-def with_expanded_paths(dataset: Any) -> Any:
-    """Return the data settings with ``$VARIABLE`` and ``~`` expanded in each ``src``; fairchem expands neither."""
+def tidied(dataset: Any) -> Any:
+    """Return the data settings with ``$VARIABLE`` and ``~`` expanded in each ``src`` and no empty ``transforms``.
+
+    fairchem does neither.
+    """
     dataset = copy.deepcopy(dataset)
     for split in _splits(dataset).values():
+        if "transforms" in split and split["transforms"] is None:
+            split["transforms"] = {}
         if isinstance(split.get("src"), str):
             # Not a Path: other formats than LMDB take addresses here, which a Path would garble.
             split["src"] = os.path.expanduser(os.path.expandvars(split["src"]))  # noqa: PTH111

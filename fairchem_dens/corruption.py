@@ -167,7 +167,7 @@ def batch_is_corrupted(corruption: Corruption, *, seed: int, step: int) -> bool:
 def corrupt(data: Any, corruption: Corruption, *, seed: int, epoch: int, selected: bool | None = None) -> Any:
     """Return a shallow copy of a structure or batch, corrupted, with the five DeNS fields of `keys`.
 
-    ``data`` itself is left as it is, and so are all its tensors.
+    ``data`` itself is left as it is, and so are all its tensors. The copy also has ``md``, (B,) bool.
 
     Args:
         data: a torch_geometric ``Data`` or ``Batch`` with ``pos``, ``atomic_numbers``, ``fixed`` and
@@ -236,6 +236,8 @@ def corrupt(data: Any, corruption: Corruption, *, seed: int, epoch: int, selecte
     result[keys.CONDITION_FORCES] = torch.where(noise_mask[:, None], forces, torch.zeros_like(forces))
     result[keys.SIGMAS] = torch.cat(sigmas)
     result[keys.CORRUPTED] = torch.tensor(corrupted, device=pos.device)
+    # On every structure, or collating would drop the field where the first of a batch has none.
+    result[keys.MD] = torch.tensor(is_md, device=pos.device)
     return result
 
 

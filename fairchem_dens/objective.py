@@ -9,6 +9,7 @@ Source: arXiv 2403.09549, equations 2 to 5 and section 3.3.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple, get_args
@@ -46,8 +47,11 @@ class NoiseLoss:
     where: str = "loss_functions.noise"
 
     def __post_init__(self) -> None:
-        if require_number(self.coefficient, f"{self.where}.coefficient") < 0:
-            raise ValueError(f"'{self.where}.coefficient' must not be negative, found {self.coefficient}.")
+        coefficient = require_number(self.coefficient, f"{self.where}.coefficient")
+        if not math.isfinite(coefficient) or coefficient < 0:
+            raise ValueError(
+                f"'{self.where}.coefficient' must be finite and not negative, found {coefficient}."
+            )
         if self.reduction not in get_args(Reduction):
             raise ValueError(
                 f"'{self.where}.reduction' must be 'joint' (one mean over forces and noise, as on OC20 and "

@@ -33,6 +33,7 @@ from fairchem_dens.models.inputs import check_atomic_numbers
 from fairchem_dens.models.weight_decay import no_weight_decay
 from fairchem_dens.randomness import derived_seed
 from fairchem_dens.transforms import ArmedCorruption
+from fairchem_dens.validation import nearest
 
 TASK = "s2ef"
 """fairchem's name for energies and forces; metrics and ``s2ef_predictions.npz`` follow from it."""
@@ -67,12 +68,12 @@ class DeNSTrainer(EquiformerV2ForcesTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # A dotted trainer name reaches this class without anything having been registered.
-        importlib.import_module("fairchem_dens.register")
+        _register()
         given = inspect.signature(super().__init__).bind(*args, **kwargs).arguments
         given["name"] = TASK
         given["seed"] = given.get("seed") or 0
         given["optimizer"], given["dataset"], given["loss_functions"] = config.translate_authors_keys(
-            given["optimizer"], config.with_expanded_paths(given["dataset"]), given["loss_functions"]
+            given["optimizer"], config.tidied(given["dataset"]), given["loss_functions"]
         )
         self.noise_loss, ordinary = config.take_noise_loss(given["loss_functions"])
         config.check_targets(ordinary, given["outputs"] or {})
@@ -90,7 +91,13 @@ class DeNSTrainer(EquiformerV2ForcesTrainer):
 
     def _model_settings(self, settings: dict[str, Any]) -> dict[str, Any]:
         """Name the model by its dotted path, found anywhere; leave out a noise head that nothing trains."""
-        model = registry.get_model_class(settings["name"])
+        try:
+            model = registry.get_model_class(settings["name"])
+        except RuntimeError as error:
+            near = nearest(settings["name"], registry.mapping["model_name_mapping"])
+            raise ValueError(
+                f"'model.name' names '{settings['name']}', which is not a model{near}."
+            ) from error
         settings = dict(settings)
         if model.__module__.startswith("fairchem_dens."):
             settings["name"] = f"fairchem_dens.models.{model.__name__}"
@@ -184,6 +191,12 @@ class DeNSTrainer(EquiformerV2ForcesTrainer):
         # A new dict: fairchem shares this one with the other splits.
         dataset.transforms.config = {**settings, name: armed}
 
+    def get_dataloader(self, dataset: Any, sampler: Any, workers: int | None = None) -> Any:
+        """Build a loader whose workers know the transform, also where they start from nothing."""
+        loader = super().get_dataloader(dataset, sampler, workers=workers)
+        loader.worker_init_fn = _register
+        return loader
+
     def load_loss(self) -> None:
         """Build the losses; the one on noise, which fairchem does not know, apart from the others."""
         written = self.config["loss_functions"]
@@ -201,7 +214,13 @@ class DeNSTrainer(EquiformerV2ForcesTrainer):
                 "DeNS needs a loss on forces: add '- forces: {fn: l2mae, coefficient: ...}' to "
                 "'loss_functions'."
             )
-        self._noise_error = DDPLoss(self.noise_loss.fn, reduction=None).loss_fn
+        try:
+            self._noise_error = DDPLoss(self.noise_loss.fn, reduction=None).loss_fn
+        except RuntimeError as error:
+            near = nearest(self.noise_loss.fn, registry.mapping["loss_name_mapping"])
+            raise ValueError(
+                f"'{self.noise_loss.where}.fn' names '{self.noise_loss.fn}', which is not a loss{near}."
+            ) from error
 
     def load_optimizer(self) -> None:
         """Build the optimizer, with the paper's choice of what is decayed."""
@@ -225,6 +244,26 @@ class DeNSTrainer(EquiformerV2ForcesTrainer):
             params["warmup_epochs"] = max(params["warmup_epochs"], one_step)
         super().load_extras()
 
+    def _sample(self) -> list[Any]:
+        """Some structures from all over the train set.
+
+        Raises:
+            ValueError: one of them lacks a target.
+        """
+        count = min(_NUM_SAMPLED, len(self.train_dataset))
+        places = torch.linspace(0, len(self.train_dataset) - 1, count).long().tolist()
+        sample = [self.train_dataset[place] for place in places]
+        for place, data in zip(places, sample, strict=True):
+            for target, settings in self.output_targets.items():
+                if target not in data and "decomposition" not in settings:
+                    old = {"energy": "y", "forces": "force"}.get(target)
+                    hint = f" Set 'dataset.train.key_mapping: {{{old}: {target}}}'." if old in data else ""
+                    raise ValueError(
+                        f"Structure {place} of 'dataset.train.src' has no '{target}', which is under 'outputs' "
+                        f"(it has: {', '.join(sorted(data.keys()))}).{hint}"
+                    )
+        return sample
+
     def _say_what_will_happen(self) -> None:
         lines = summary.describe_run(
             self.corruption,
@@ -234,10 +273,7 @@ class DeNSTrainer(EquiformerV2ForcesTrainer):
         )
         for line in lines:
             logging.info(line)
-        count = min(_NUM_SAMPLED, len(self.train_dataset))
-        sample = (
-            self.train_dataset[int(index)] for index in torch.linspace(0, len(self.train_dataset) - 1, count)
-        )
+        sample = self._sample()
         references = self.elementrefs.get(keys.ENERGY)
         seen = summary.sample_targets(
             sample, references.element_references if references is not None else None
@@ -550,6 +586,10 @@ class DeNSTrainer(EquiformerV2ForcesTrainer):
         logging.warning(f"SIGTERM: writing a checkpoint of step {self._step_of_weights} and stopping.")
         self.save(checkpoint_file="checkpoint.pt", training_state=True)
         raise SystemExit(128 + signal.SIGTERM)
+
+
+def _register(_worker: int = 0) -> None:
+    importlib.import_module("fairchem_dens.register")
 
 
 def _mean_of_anything(loss_fn: DDPLoss, num_samples: int, loss: Tensor) -> Tensor:
