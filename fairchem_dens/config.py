@@ -14,7 +14,7 @@ from typing import Any
 from fairchem_dens.corruption import Corruption
 from fairchem_dens.keys import NOISE
 from fairchem_dens.objective import NoiseLoss
-from fairchem_dens.validation import nearest, refuse_unknown_keys, require_mapping
+from fairchem_dens.validation import nearest, refuse_unknown_keys, require_mapping, require_number
 
 TRANSFORM_NAMES = ("dens", "fairchem_dens.transforms.dens")
 """What the transform may be called under ``dataset.train.transforms``."""
@@ -82,15 +82,15 @@ def translate_authors_keys(
     Corruption.from_config(dens, where="optim.denoising_pos_params")
     if train:
         train["transforms"] = {**(train.get("transforms") or {}), "dens": dens}
-    noise = {"fn": "l2mae", "coefficient": theirs["denoising_pos_coefficient"]}
-    NoiseLoss(coefficient=noise["coefficient"], where="optim.denoising_pos")
+    coefficient = require_number(theirs["denoising_pos_coefficient"], "optim.denoising_pos_coefficient")
+    noise = {"fn": "l2mae", "coefficient": coefficient}
     return optim, dataset, [*(loss_functions or []), {NOISE: noise}]
 
 
 def tidied(dataset: Any) -> Any:
-    """Return the data settings with ``$VARIABLE`` and ``~`` expanded in each ``src`` and no empty ``transforms``.
+    """Return the data settings with ``$VARIABLE`` and ``~`` expanded in each ``src``, and no null transforms.
 
-    fairchem does neither.
+    fairchem expands nothing, and stumbles over the latter.
     """
     dataset = copy.deepcopy(dataset)
     for split in _splits(dataset).values():

@@ -198,7 +198,11 @@ class DeNSTrainer(EquiformerV2ForcesTrainer):
         return loader
 
     def load_loss(self) -> None:
-        """Build the losses; the one on noise, which fairchem does not know, apart from the others."""
+        """Build the losses; the one on noise, which fairchem does not know, apart from the others.
+
+        Raises:
+            ValueError: the noise has no loss on forces beside it, or its own does not exist.
+        """
         written = self.config["loss_functions"]
         _, self.config["loss_functions"] = config.take_noise_loss(written)
         try:
@@ -259,8 +263,8 @@ class DeNSTrainer(EquiformerV2ForcesTrainer):
                     old = {"energy": "y", "forces": "force"}.get(target)
                     hint = f" Set 'dataset.train.key_mapping: {{{old}: {target}}}'." if old in data else ""
                     raise ValueError(
-                        f"Structure {place} of 'dataset.train.src' has no '{target}', which is under 'outputs' "
-                        f"(it has: {', '.join(sorted(data.keys()))}).{hint}"
+                        f"Structure {place} of 'dataset.train.src' has no '{target}', which 'outputs' "
+                        f"names (it has: {', '.join(sorted(data.keys()))}).{hint}"
                     )
         return sample
 

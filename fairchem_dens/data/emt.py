@@ -452,7 +452,6 @@ def _workers(processes: int | None) -> Iterator[ProcessPoolExecutor]:
 
 def _end_with(parent: int) -> None:
     """Watch the parent from a thread: a killed parent would leave a pool waiting for work for ever."""
-
     # Ctrl-C reaches all processes of a terminal; the parent decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
