@@ -170,7 +170,7 @@ def test_noise_loss_is_taken_out_and_the_rest_stays() -> None:
         ({"fn": "l2mae"}, r"'{w}\.coefficient' is missing"),
         (None, r"'{w}\.coefficient' is missing"),
         (10, r"'{w}' must be a mapping of settings, found 10"),
-        ({"coefficient": -1}, r"'{w}\.coefficient' must not be negative, found -1"),
+        ({"coefficient": -1}, r"'{w}\.coefficient' must be finite and not negative, found -1"),
         ({"coefficient": "1e1"}, r"'{w}\.coefficient' must be a number, found '1e1'"),
         ({"coefficent": 10}, r"Unknown setting '{w}\.coefficent' \(did you mean 'coefficient'\?\)"),
         (
