@@ -35,7 +35,8 @@ def radius_graph(
         batch: Example of each point (N,), sorted; by default all belong to one.
         loop: Whether a point is its own neighbour.
         max_num_neighbors: Upper bound on the neighbours of a point. The nearest are kept, at equal distance
-            those of lower index. (torch_cluster keeps whichever it finds first.) None: no bound.
+            those of lower index. (torch_cluster keeps those that it finds first, and may return one too
+            many.) None: no bound.
         flow: `source_to_target`: the second row of the result holds the point whose neighbours are bounded;
             `target_to_source`: the first.
         num_workers: Ignored.

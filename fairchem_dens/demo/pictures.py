@@ -48,32 +48,47 @@ def draw_curves(
     figure = Figure(figsize=(13, 7.4), dpi=_DPI, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, 3)
-    panels: list[tuple[str, str, float, bool]] = [
-        ("forces_mae", "force MAE, meV/Å", 1000.0, True),
-        ("energy_mae", "energy MAE, meV", 1000.0, True),
-        ("forces_cosine_similarity", "force cosine", 1.0, False),
-    ]
-    for axis, (name, label, scale, logarithmic) in zip(axes[0], panels, strict=True):
+    panels = (
+        (axes[0, 0], "forces_mae", "force MAE, meV/Å", 1000.0, True),
+        (axes[0, 2], "forces_cosine_similarity", "force cosine", 1.0, False),
+        (axes[1, 0], "energy_mae", "energy MAE, meV", 1000.0, True),
+        (axes[1, 1], "loss", "loss (that of training with DeNS includes the noise)", 1.0, True),
+    )
+    for axis, name, label, scale, logarithmic in panels:
         for run in RUNS:
-            _plot(
-                axis,
-                _by_epoch(curves[run].get(f"train/{name}", {}), steps_per_epoch),
-                run,
-                scale,
-                dashed=True,
-            )
+            train = _by_epoch(curves[run].get(f"train/{name}", {}), steps_per_epoch)
+            _plot(axis, train, run, scale, dashed=True)
             _plot(axis, curves[run].get(f"val/{name}", {}), run, scale)
         _finish(axis, label, logarithmic)
 
+    lowest, last = [], []
     for run in RUNS:
-        _plot(axes[1, 0], _by_epoch(curves[run].get("train/loss", {}), steps_per_epoch), run, dashed=True)
-        _plot(axes[1, 0], curves[run].get("val/loss", {}), run)
-    _finish(axes[1, 0], "loss (with DeNS, that of training has the noise in it)", True)
+        validation = curves[run].get("val/forces_mae", {})
+        _plot(axes[0, 1], validation, run, 1000.0)
+        lowest += [1000 * min(validation.values())] if validation else []
+        last += [(1000 * validation[max(validation)], run)] if validation else []
+    _finish(axes[0, 1], "the same, validation alone", False)
+    if lowest:
+        axes[0, 1].set_ylim(0.95 * min(lowest), 1.3 * max(lowest))
+    for position, (value, run) in enumerate(sorted(last)):
+        # The lower curve's number below it, the higher one's above.
+        axes[0, 1].annotate(
+            f"{value:.0f}",
+            (1.0, value),
+            xycoords=("axes fraction", "data"),
+            xytext=(-2, 5 if position else -5),
+            textcoords="offset points",
+            ha="right",
+            va="bottom" if position else "top",
+            fontsize=11,
+            weight="bold",
+            color=COLORS[run],
+        )
 
     noise = _by_epoch(curves["dens"].get("train/denoising_pos_mae", {}), steps_per_epoch)
-    _plot(axes[1, 1], noise, "dens", dashed=True)
-    axes[1, 1].axhline(no_denoising, color=_INK, linewidth=1, linestyle=":")
-    axes[1, 1].annotate(
+    _plot(axes[1, 2], noise, "dens", dashed=True)
+    axes[1, 2].axhline(no_denoising, color=_INK, linewidth=1, linestyle=":")
+    axes[1, 2].annotate(
         "guessing no noise",
         (1, no_denoising),
         xycoords=("axes fraction", "data"),
@@ -84,22 +99,8 @@ def draw_curves(
         fontsize=9,
         color=_INK,
     )
-    _finish(axes[1, 1], "noise MAE of corrupted atoms, Å", False)
-    axes[1, 1].set_ylim(0, 1.25 * no_denoising)
-
-    energy = _by_epoch(curves["dens"].get("train/denoising_energy_mae", {}), steps_per_epoch)
-    _plot(axes[1, 2], energy, "dens", 1000.0, dashed=True)
-    ordinary = _by_epoch(curves["dens"].get("train/energy_mae", {}), steps_per_epoch)
-    _plot(axes[1, 2], ordinary, "dens", 1000.0, dashed=True, faint=True)
-    _finish(axes[1, 2], "energy MAE in training with DeNS, meV", True)
-    axes[1, 2].legend(
-        handles=[
-            Line2D([], [], color=COLORS["dens"], linestyle="--", label="corrupted structures"),
-            Line2D([], [], color=COLORS["dens"], linestyle="--", alpha=0.35, label="ordinary structures"),
-        ],
-        frameon=False,
-        fontsize=9,
-    )
+    _finish(axes[1, 2], "noise MAE of corrupted atoms, Å", False)
+    axes[1, 2].set_ylim(0, 1.25 * no_denoising)
 
     figure.suptitle(title, fontsize=13, color=_INK)
     handles = [Line2D([], [], color=COLORS[run], linewidth=2, label=TITLES[run]) for run in RUNS]
@@ -122,9 +123,7 @@ def _by_epoch(curve: Curve, steps_per_epoch: int) -> Curve:
     return {(epoch + 1) * steps_per_epoch: float(np.mean(values)) for epoch, values in epochs.items()}
 
 
-def _plot(
-    axis: Axes, curve: Curve, run: str, scale: float = 1.0, *, dashed: bool = False, faint: bool = False
-) -> None:
+def _plot(axis: Axes, curve: Curve, run: str, scale: float = 1.0, *, dashed: bool = False) -> None:
     axis.plot(
         list(curve),
         [scale * value for value in curve.values()],
@@ -132,7 +131,6 @@ def _plot(
         linewidth=1.2 if dashed else 2.0,
         linestyle="--" if dashed else "-",
         marker="o" if len(curve) == 1 else None,  # a line of one point would not be seen
-        alpha=0.35 if faint else 1.0,
         zorder=3 if run == "dens" else 2,
     )
 

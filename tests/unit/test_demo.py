@@ -343,6 +343,7 @@ def test_table_shows_units_and_differences():
     assert ["test: energy MAE, meV", "500.0", "625.0", "+25.0 %"] in rows
     assert ["test: force cosine", "0.700", "0.770", "+10.0 %"] in rows
     assert ["val: denoising MAE, Å", "n/a", "0.0400", "0.0800 if no noise is guessed"] in rows
+    assert ["train: force MAE, meV/Å", "20.0", "20.0", "val is 10.0 and 9.0 times that"] in rows
     assert len({len(line) for line in report.table(measured(0.1, 0.2)).splitlines()}) == 1
 
 

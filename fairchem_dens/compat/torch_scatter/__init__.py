@@ -71,7 +71,10 @@ scatter_add = scatter_sum
 def scatter_mul(
     src: Tensor, index: Tensor, dim: int = -1, out: Tensor | None = None, dim_size: int | None = None
 ) -> Tensor:
-    """Product of each group; arguments as for `scatter`."""
+    """Product of each group; arguments as for `scatter`.
+
+    The gradient is right where a factor is 0; the real package's is 0 there.
+    """
     index = broadcast(index, src, dim)
     if out is None:
         out = src.new_ones(_reduced_shape(src, index, dim, dim_size))
