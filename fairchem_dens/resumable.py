@@ -1,0 +1,246 @@
+"""fairchem's trainer, except that a run which stops at any moment goes on as if it had not.
+
+Checkpoints are written aside and renamed, and always hold a complete step; what is random in a step is a
+function of (seed, step, rank); after loading, the schedule stands where the step does. On CPU a resumed run
+is the undisturbed one bit for bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import logging
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from fairchem.core.common import distutils
+from fairchem.core.models.equiformer_v2.trainers.forces_trainer import EquiformerV2ForcesTrainer
+from torch import Tensor
+
+import fairchem_dens
+from fairchem_dens import checkpoints
+from fairchem_dens.randomness import derived_seed
+
+
+class ResumableTrainer(EquiformerV2ForcesTrainer):
+    """Trains energies and forces; knows nothing of DeNS. Takes the arguments of fairchem's trainers."""
+
+    # Set by fairchem, which does not annotate them.
+    config: dict[str, Any]
+    step: int
+    epoch: float
+
+    _updating = False
+    """Whether the optimizer is changing the weights, which then belong to no step."""
+    _stop_requested = False
+    _step_of_weights = 0
+    """The step whose update the weights hold; fairchem counts a step before it is made."""
+    _step_of_file = -1
+
+    @staticmethod
+    def _get_timestamp(device: torch.device, suffix: str | None) -> str:
+        """Name a run by its start to the second, the same on all ranks.
+
+        fairchem rounds to single precision, about two minutes, and a run that finds a checkpoint under its
+        name resumes it: of two runs that start close together the second would continue the first.
+        """
+        now = torch.tensor(int(datetime.datetime.now().timestamp()), device=device)
+        distutils.broadcast(now, 0)
+        name = datetime.datetime.fromtimestamp(now.item()).strftime("%Y-%m-%d-%H-%M-%S")
+        return f"{name}-{suffix}" if suffix else name
+
+    def load(self, inference_only: bool) -> None:
+        """Build everything; write into the configuration what made it."""
+        self.config["fairchem_dens"] = {
+            "version": fairchem_dens.__version__,
+            "checkpoint_version": checkpoints.CHECKPOINT_VERSION,
+        }
+        self.seed: int = self.config["cmd"]["seed"]
+        super().load(inference_only)
+
+    def load_optimizer(self) -> None:
+        """Build the optimizer, and notice when it begins to change the weights."""
+        super().load_optimizer()
+        self.optimizer.register_step_pre_hook(self._begin_update)
+
+    def load_extras(self) -> None:
+        """Build schedule, clipping and moving average."""
+        optim = self.config["optim"]
+        if "scheduler_params" not in optim:
+            super(EquiformerV2ForcesTrainer, self).load_extras()
+            return
+        # fairchem turns epochs into steps in place; a warm-up that rounds to no step would divide by zero.
+        params = optim["scheduler_params"] = dict(optim["scheduler_params"])
+        if self.train_loader is not None and "warmup_epochs" in params:
+            one_step = (1 + 1e-9) / len(self.train_loader)
+            params["warmup_epochs"] = max(params["warmup_epochs"], one_step)
+        super().load_extras()
+
+    def train(self, disable_eval_tqdm: bool = False) -> None:
+        """Train to the end, which always leaves a checkpoint, or to SIGTERM, which does too."""
+        if distutils.is_master() and not self.is_debug:
+            checkpoints.remove_unfinished(self.config["cmd"]["checkpoint_dir"])
+        with self._checkpoint_on_sigterm():
+            self._repeat_interrupted_evaluation(disable_eval_tqdm)
+            super().train(disable_eval_tqdm=disable_eval_tqdm)
+            # fairchem writes a file every `eval_every` steps, which a short run may never reach.
+            if self._step_of_file != self.step:
+                self.save(checkpoint_file="checkpoint.pt", training_state=True)
+
+    def _repeat_interrupted_evaluation(self, disable_eval_tqdm: bool) -> None:
+        """Evaluate once more where the file was written just before an evaluation that may not have ended.
+
+        An evaluation depends on nothing but the weights, so repeating a finished one changes nothing.
+        """
+        eval_every = self.config["optim"].get("eval_every", len(self.train_loader))
+        if self.step == 0 or self.step % eval_every or self.val_loader is None or self.primary_metric is None:
+            return
+        metrics = self.validate(split="val", disable_tqdm=disable_eval_tqdm)
+        self.update_best(self.primary_metric, metrics, disable_eval_tqdm=disable_eval_tqdm)
+
+    def _forward(self, batch: Any) -> dict[str, Tensor]:
+        with self._seeded():
+            return super()._forward(batch)
+
+    @contextlib.contextmanager
+    def _seeded(self) -> Iterator[None]:
+        """Make dropout and the like a function of (seed, step, rank); leave no trace in evaluation."""
+        if self.model.training:
+            torch.manual_seed(derived_seed(self.seed, self.step, distutils.get_rank()))
+            yield
+            return
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(self.seed)
+            yield
+
+    def _begin_update(self, *_: Any) -> None:
+        self._updating = True
+
+    def _backward(self, loss: Tensor) -> None:
+        super()._backward(loss)
+        self._step_of_weights = self.step
+        self._updating = False
+        if self._stop_requested:
+            self._save_and_stop()
+
+    def validate(self, split: str = "val", disable_tqdm: bool = False) -> Any:
+        """Evaluate with averaged weights; see fairchem's trainer."""
+        with self._own_weights_back():
+            return super().validate(split=split, disable_tqdm=disable_tqdm)
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Predict with averaged weights; see fairchem's trainer."""
+        with self._own_weights_back():
+            return super().predict(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _own_weights_back(self) -> Iterator[None]:
+        """Put back the weights that fairchem swaps for their average, even where fairchem forgets."""
+        outer = self.ema.collected_params if self.ema is not None else []
+        try:
+            yield
+        finally:
+            if self.ema is not None and self.ema.collected_params is not outer:
+                self.ema.restore()
+                self.ema.collected_params = outer
+
+    def save(
+        self,
+        metrics: Any = None,
+        checkpoint_file: str = "checkpoint.pt",
+        training_state: bool = True,
+    ) -> str | None:
+        """Write a checkpoint of the last complete step; a kill at any moment leaves the previous file.
+
+        Returns:
+            Its path on the master rank. None elsewhere, and if the optimizer is just changing the weights:
+            then the previous file stands.
+        """
+        if self._updating:
+            logging.warning(
+                "No checkpoint written in the middle of a weight update: the previous one stands."
+            )
+            return None
+        self.config = checkpoints.plain(self.config)
+        with self._at_complete_step(), self._own_weights_back():
+            written = super().save(
+                checkpoints.plain(metrics), checkpoints.aside(checkpoint_file), training_state
+            )
+            if training_state:
+                self._step_of_file = self.step
+        return None if written is None else checkpoints.put_in_place(written, checkpoint_file)
+
+    @contextlib.contextmanager
+    def _at_complete_step(self) -> Iterator[None]:
+        """Show fairchem's `save` the step that the weights belong to, and the weights, not their average."""
+        step, epoch = self.step, self.epoch
+        averaged = self.ema.collected_params if self.ema is not None else []
+        if step != self._step_of_weights:
+            self.step = self._step_of_weights
+            self.epoch = self.step / len(self.train_loader)
+        if averaged:
+            self.ema.restore()
+            self.ema.collected_params = []
+        try:
+            yield
+        finally:
+            self.step, self.epoch = step, epoch
+            if averaged:
+                self.ema.collected_params = averaged
+                self.ema.copy_to()
+
+    def load_checkpoint(
+        self, checkpoint_path: str, checkpoint: dict[str, Any] | None = None, inference_only: bool = False
+    ) -> None:
+        """Load weights and, unless for inference only, the state of the run.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is not a checkpoint that this version reads.
+            RuntimeError: its parameters are not this model's; lists them.
+        """
+        if checkpoint is None:
+            logging.info(f"Loading checkpoint from: {checkpoint_path}")
+            checkpoint = checkpoints.read(checkpoint_path, map_location=self.device)
+        if not inference_only and getattr(self, "scheduler", None) is None:
+            checkpoint = {**checkpoint, "scheduler": None}
+        super().load_checkpoint(checkpoint_path, checkpoint, inference_only)
+        self._step_of_weights = self._step_of_file = self.step
+        if not inference_only:
+            self._catch_up_scheduler()
+
+    def _catch_up_scheduler(self) -> None:
+        """Bring the schedule to `self.step`: fairchem writes the file before it advances the schedule."""
+        scheduler = getattr(getattr(self, "scheduler", None), "scheduler", None)
+        if scheduler is None or self.scheduler.scheduler_type in ("Null", "ReduceLROnPlateau"):
+            return
+        while scheduler.last_epoch < self.step:
+            scheduler.step()
+
+    @contextlib.contextmanager
+    def _checkpoint_on_sigterm(self) -> Iterator[None]:
+        """On SIGTERM write a checkpoint and stop; a handler that somebody else (submitit) installed stays."""
+        usable = threading.current_thread() is threading.main_thread()
+        if not usable or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+            yield
+            return
+        signal.signal(signal.SIGTERM, self._on_sigterm)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def _on_sigterm(self, _signal: int, _frame: Any) -> None:
+        if self._updating:
+            self._stop_requested = True
+        else:
+            self._save_and_stop()
+
+    def _save_and_stop(self) -> None:
+        logging.warning(f"SIGTERM: writing a checkpoint of step {self._step_of_weights} and stopping.")
+        self.save(checkpoint_file="checkpoint.pt", training_state=True)
+        raise SystemExit(128 + signal.SIGTERM)
