@@ -302,7 +302,7 @@ def _keep(
         elif np.linalg.norm(forces, axis=1).max() > settings.max_force:
             dropped[f"a force above {settings.max_force:g} eV/Å"] += 1
         elif height > _MAX_HEIGHT:
-            dropped[f"adsorbate more than {_MAX_HEIGHT:g} Å above the surface"] += 1
+            dropped[f"an adsorbate more than {_MAX_HEIGHT:g} Å above the surface"] += 1
         else:
             kept.append(frame)
     return kept
