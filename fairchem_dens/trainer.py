@@ -141,8 +141,8 @@ class DeNSTrainer(ResumableTrainer):
             if self.noise_loss is not None:
                 raise ValueError(
                     f"'{self.noise_loss.where}' is a loss on noise, but there is none: "
-                    "'dataset.train.transforms' has no 'dens'. Add it "
-                    "(prob, std, corrupt_ratio), or remove the loss."
+                    "'dataset.train.transforms' has no 'dens'. Add it (prob, std, corrupt_ratio), or remove "
+                    "the loss."
                 )
             return
         where = f"dataset.train.transforms.{name}"
@@ -150,8 +150,7 @@ class DeNSTrainer(ResumableTrainer):
         if self.noise_loss is None:
             raise ValueError(
                 f"'{where}' corrupts structures, but 'loss_functions' has no 'noise' entry that learns from "
-                "them. Add "
-                "'- noise: {fn: l2mae, coefficient: 10}', or remove 'dens'."
+                "them. Add '- noise: {fn: l2mae, coefficient: 10}', or remove 'dens'."
             )
         if hasattr(dataset, "check_md_logs"):
             dataset.check_md_logs()
@@ -182,10 +181,16 @@ class DeNSTrainer(ResumableTrainer):
             info["fn"]._ddp_mean = types.MethodType(_mean_of_anything, info["fn"])
         if self.corruption is None or self.noise_loss is None:
             return
-        if keys.FORCES not in dict(self.loss_functions):
+        forces = dict(self.loss_functions).get(keys.FORCES)
+        if forces is None:
             raise ValueError(
                 "DeNS needs a loss on forces: add '- forces: {fn: l2mae, coefficient: ...}' to "
                 "'loss_functions'."
+            )
+        if forces["fn"].reduction != "mean":
+            raise ValueError(
+                f"'loss_functions.forces.reduction' must be mean with DeNS, found {forces['fn'].reduction!r}: "
+                "forces and noise share one mean."
             )
         try:
             self._noise_error = DDPLoss(self.noise_loss.fn, reduction=None).loss_fn

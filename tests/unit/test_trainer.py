@@ -144,3 +144,9 @@ def test_no_seed_means_zero(run_settings, make_trainer) -> None:
     assert one.seed == 0
     for ours, theirs in zip(one.model.parameters(), other.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_a_sum_over_forces_is_refused(run_settings, make_trainer) -> None:
+    run_settings["loss_functions"][1]["forces"]["reduction"] = "sum"
+    with pytest.raises(ValueError, match=r"loss_functions\.forces\.reduction.*must be mean"):
+        make_trainer(run_settings)
