@@ -189,7 +189,7 @@ class DeNSTrainer(ResumableTrainer):
             )
         if forces["fn"].reduction != "mean":
             raise ValueError(
-                f"'loss_functions.forces.reduction' must be mean with DeNS, found {forces['fn'].reduction!r}: "
+                f"'loss_functions.forces.reduction' is {forces['fn'].reduction!r}, which must be mean with DeNS: "
                 "forces and noise share one mean."
             )
         try:
