@@ -148,5 +148,5 @@ def test_no_seed_means_zero(run_settings, make_trainer) -> None:
 
 def test_a_sum_over_forces_is_refused(run_settings, make_trainer) -> None:
     run_settings["loss_functions"][1]["forces"]["reduction"] = "sum"
-    with pytest.raises(ValueError, match=r"loss_functions\.forces\.reduction.*must be mean"):
+    with pytest.raises(ValueError, match=r"loss_functions\.forces\.reduction.*sum.*must be mean"):
         make_trainer(run_settings)
