@@ -189,8 +189,8 @@ class DeNSTrainer(ResumableTrainer):
             )
         if forces["fn"].reduction != "mean":
             raise ValueError(
-                f"'loss_functions.forces.reduction' is {forces['fn'].reduction!r} and must be mean with DeNS, "
-                "where forces and noise share one mean."
+                f"'loss_functions.forces.reduction' is {forces['fn'].reduction!r} and must be mean with "
+                "DeNS, where forces and noise share one mean."
             )
         try:
             self._noise_error = DDPLoss(self.noise_loss.fn, reduction=None).loss_fn
