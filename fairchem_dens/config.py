@@ -55,7 +55,7 @@ def translate_authors_keys(
         return optim, dataset, loss_functions
 
     train = splits.get("train", {})
-    ours = _dens_name(train)
+    ours = dens_name(train.get("transforms"))
     if ours is not None or any(NOISE in entry for entry in loss_functions or []):
         place = f"dataset.train.transforms.{ours}" if ours is not None else f"loss_functions.{NOISE}"
         raise ValueError(
@@ -113,9 +113,9 @@ def _splits(dataset: Any) -> dict[str, dict[str, Any]]:
     return {name: split for name, split in named.items() if isinstance(split, dict)}
 
 
-def _dens_name(split: Mapping[str, Any]) -> str | None:
-    transforms = split.get("transforms") or {}
-    return next((name for name in TRANSFORM_NAMES if name in transforms), None)
+def dens_name(transforms: Mapping[str, Any] | None) -> str | None:
+    """Return the name that the transform ``dens`` has among these, None if it is not there."""
+    return next((name for name in TRANSFORM_NAMES if name in (transforms or {})), None)
 
 
 def _move_linear_references(splits: Mapping[str, dict[str, Any]]) -> None:

@@ -136,7 +136,7 @@ class DeNSTrainer(ResumableTrainer):
         while hasattr(dataset, "dataset"):
             dataset = dataset.dataset
         settings = getattr(getattr(dataset, "transforms", None), "config", None) or {}
-        name = next((name for name in config.TRANSFORM_NAMES if name in settings), None)
+        name = config.dens_name(settings)
         if name is None:
             if self.noise_loss is not None:
                 raise ValueError(
@@ -216,10 +216,11 @@ class DeNSTrainer(ResumableTrainer):
         count = min(_NUM_SAMPLED, len(self.train_dataset))
         places = torch.linspace(0, len(self.train_dataset) - 1, count).long().tolist()
         sample = [self.train_dataset[place] for place in places]
+        old_names = dict([keys.ENERGY_ALIASES, keys.FORCES_ALIASES])
         for place, data in zip(places, sample, strict=True):
             for target, settings in self.output_targets.items():
                 if target not in data and "decomposition" not in settings:
-                    old = {"energy": "y", "forces": "force"}.get(target)
+                    old = old_names.get(target)
                     hint = f" Set 'dataset.train.key_mapping: {{{old}: {target}}}'." if old in data else ""
                     raise ValueError(
                         f"Structure {place} of 'dataset.train.src' has no '{target}', which 'outputs' "
