@@ -276,3 +276,21 @@ def golden() -> Callable[[str], Any]:
         return torch.load(folder / name, weights_only=False)
 
     return load
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Callable[[str], Path]:
+    """Finds a file or folder of the small real data sets; skips where they are not at hand.
+
+    They are looked for in the folder that FAIRCHEM_DENS_REAL_DATA names, else in ``shared/data`` beside the
+    checkout.
+    """
+    beside = Path(__file__).resolve().parents[1].parent / "shared" / "data"
+    folder = Path(os.environ.get("FAIRCHEM_DENS_REAL_DATA", beside))
+
+    def find(name: str) -> Path:
+        if not (folder / name).exists():
+            pytest.skip(f"needs the real data {name} (set FAIRCHEM_DENS_REAL_DATA to the folder that has it)")
+        return folder / name
+
+    return find

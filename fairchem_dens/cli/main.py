@@ -1,7 +1,6 @@
 """Entry point of the `fairchem-dens` command.
 
-A subcommand is a module with `add_arguments(parser)` and `run(args) -> int`. It is imported when it is
-called, so that `--help` and the light subcommands do not wait for torch.
+Each subcommand is a module of its own, see `fairchem_dens.cli.subcommands`.
 """
 
 from __future__ import annotations
@@ -9,14 +8,18 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from importlib import import_module
 
 from fairchem_dens import __version__
+from fairchem_dens.cli.subcommands import add_commands
 
 COMMANDS = {
     "configs": (
         "fairchem_dens.cli.configs",
         "list the training configurations that ship with the package, or copy them",
+    ),
+    "data": (
+        "fairchem_dens.cli.data",
+        "make data sets from MD17 or files that ASE reads, look at them, fit their normalisers",
     ),
     "demo": (
         "fairchem_dens.cli.demo",
@@ -47,11 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         as one line.
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
-    parser = build_parser(next((argument for argument in arguments if argument in COMMANDS), None))
+    parser = build_parser(arguments)
     args = parser.parse_args(arguments)
     try:
         return int(args.run(args))
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, FileExistsError) as error:
         print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except BrokenPipeError:
@@ -61,11 +64,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
 
-def build_parser(command: str | None) -> argparse.ArgumentParser:
-    """Builds the parser, with the arguments of `command` and only the names of the others.
+def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+    """Builds the parser, with the arguments of the subcommand that is about to run.
 
     Args:
-        command: The subcommand that is about to run, a key of `COMMANDS`, or None.
+        arguments: The command line.
 
     Returns:
         The parser; parsing sets `run` to the subcommand's function.
@@ -74,15 +77,7 @@ def build_parser(command: str | None) -> argparse.ArgumentParser:
         prog="fairchem-dens", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--version", action="version", version=f"fairchem_dens {__version__}")
-    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for name, (module_name, help_line) in COMMANDS.items():
-        subparser = subparsers.add_parser(
-            name, help=help_line, description=f"{help_line[0].upper()}{help_line[1:]}."
-        )
-        if name == command:
-            module = import_module(module_name)
-            module.add_arguments(subparser)
-            subparser.set_defaults(run=module.run)
+    add_commands(parser, COMMANDS, arguments, title="commands", metavar="COMMAND")
     return parser
 
 

@@ -15,18 +15,12 @@ frame shares its slab with a training frame.
 from __future__ import annotations
 
 import json
-import os
-import signal
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cache
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +34,8 @@ from ase.md.langevin import Langevin
 from ase.optimize import BFGS
 from tqdm import tqdm
 
+from fairchem_dens.data.folder import write_text
+from fairchem_dens.data.processes import worker_pool
 from fairchem_dens.randomness import generator
 
 SPLITS = ("train", "val", "test")
@@ -362,7 +358,7 @@ def generate(
 
     started = time.monotonic()
     splits = {}
-    with _workers(processes) as pool:
+    with worker_pool(processes) as pool:
         for split in SPLITS:
             sids = settings.sids(split)
             systems = pool.map(simulate_system, sids, [settings] * len(sids))
@@ -380,7 +376,7 @@ def generate(
         "seconds": round(time.monotonic() - started, 1),
         "splits": splits,
     }
-    _write_json(folder / SUMMARY_FILE, summary)
+    write_text(folder / SUMMARY_FILE, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     return summary
 
 
@@ -422,42 +418,3 @@ def _write_split(folder: Path, systems: Iterator[Frames]) -> dict[str, Any]:
         "force_rms": float(np.sqrt(np.mean(forces**2))),
         "force_mean_norm": float(np.linalg.norm(forces, axis=1).mean()),
     }
-
-
-def _write_json(file: Path, content: dict[str, Any]) -> None:
-    aside = file.with_name(f".{file.name}.partial")
-    aside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    aside.replace(file)
-
-
-@contextmanager
-def _workers(processes: int | None) -> Iterator[ProcessPoolExecutor]:
-    """A pool whose processes use one thread each and end with their parent, however that ends."""
-    processes = processes or min(4, os.cpu_count() or 1)
-    threads = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
-    os.environ.update(dict.fromkeys(threads, "1"))  # read by the new processes; also makes results repeatable
-    pool = ProcessPoolExecutor(
-        processes, mp_context=get_context("spawn"), initializer=_end_with, initargs=(os.getpid(),)
-    )
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
-        for name, value in threads.items():
-            if value is None:
-                os.environ.pop(name)
-            else:
-                os.environ[name] = value
-
-
-def _end_with(parent: int) -> None:
-    """Watch the parent from a thread: a killed parent would leave a pool waiting for work for ever."""
-    # Ctrl-C reaches all processes of a terminal; the parent decides what it means.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()

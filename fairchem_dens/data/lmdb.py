@@ -8,8 +8,8 @@ torch_geometric ``Data`` objects under the ASCII keys ``0``, ``1``, ... and thei
 from __future__ import annotations
 
 import pickle
-import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ import torch
 from torch_geometric.data import Data
 
 from fairchem_dens import keys
+from fairchem_dens.data.folder import refuse_existing, written_aside
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -167,8 +168,8 @@ class LmdbWriter:
         self._structures_per_file = structures_per_file
         self._labels = labels
         self._overwrite = overwrite
-        self._refuse_existing()
-        self._partial = self.folder.with_name(f".{self.folder.name}.partial")
+        if not overwrite:
+            refuse_existing(self.folder)
         self._natoms: list[int] = []
         self._pending: list[tuple[bytes, bytes]] = []
         self._files = 0
@@ -176,8 +177,10 @@ class LmdbWriter:
         self._env: lmdb.Environment | None = None
 
     def __enter__(self) -> LmdbWriter:
-        shutil.rmtree(self._partial, ignore_errors=True)
-        self._partial.mkdir(parents=True)
+        with ExitStack() as stack:
+            self._partial = stack.enter_context(written_aside(self.folder, overwrite=self._overwrite))
+            stack.callback(self._close)
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(
@@ -186,14 +189,10 @@ class LmdbWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        try:
-            if kind is None:
-                self._finish()
-        finally:
-            if self._env is not None:
-                self._env.close()
-                self._env = None
-            shutil.rmtree(self._partial, ignore_errors=True)
+        with self._stack:
+            if error is not None:
+                raise error
+            self._finish()
 
     def __len__(self) -> int:
         return len(self._natoms)
@@ -210,10 +209,6 @@ class LmdbWriter:
         self._natoms.append(int(data[keys.NATOMS]))
         if len(self._pending) >= _STRUCTURES_PER_TRANSACTION:
             self._commit()
-
-    def _refuse_existing(self) -> None:
-        if self.folder.exists() and not self._overwrite:
-            raise FileExistsError(f"'{self.folder}' exists already. Remove it, or choose another folder.")
 
     def _open_file(self) -> None:
         self._env = lmdb.open(
@@ -255,15 +250,11 @@ class LmdbWriter:
             )
         self._close_file()
         np.savez_compressed(self._partial / METADATA_FILE, natoms=np.array(self._natoms, dtype=np.int64))
-        self._refuse_existing()
-        if self.folder.exists():
-            replaced = self.folder.with_name(f".{self.folder.name}.replaced")
-            shutil.rmtree(replaced, ignore_errors=True)
-            self.folder.rename(replaced)
-            self._partial.rename(self.folder)
-            shutil.rmtree(replaced)
-        else:
-            self._partial.rename(self.folder)
+
+    def _close(self) -> None:
+        if self._env is not None:
+            self._env.close()
+            self._env = None
 
 
 def read_lmdb(path: str | Path) -> Iterator[Data]:
