@@ -2,8 +2,8 @@
 
     python benchmarks/training_step.py --device cuda --out benchmarks/results/training_step.json
 
-A step is: forward, the paper's loss, backward, gradient clipping, AdamW. The structures are slabs of a fixed size with
-random displacements and forces, the model that of configs/oc20/equiformer_v2_dens_2M_12ep.yml (or smaller, by
+A step is: forward, the paper's loss, backward, gradient clipping, AdamW. The structures are slabs of one size,
+displaced at random, with random forces; the model is that of configs/oc20/equiformer_v2_dens_2M_12ep.yml (or smaller, by
 --layers and --lmax). The variants take turns, so that a change of clock or load meets all of them.
 """
 
@@ -61,7 +61,7 @@ def our_model(settings: dict[str, Any]) -> torch.nn.Module:
 
 
 def fairchem_model(settings: dict[str, Any]) -> torch.nn.Module:
-    """fairchem's EquiformerV2 of the same size."""
+    """EquiformerV2 as fairchem has it, of the same size."""
     backbone = {key: value for key, value in settings.items() if key not in NOT_IN_BACKBONE}
     return registry.get_model_class("hydra")(
         backbone={"model": "equiformer_v2_backbone", **backbone},
@@ -193,9 +193,7 @@ def main() -> int:
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--structures", type=int, default=8, help="in a batch (default: 8)")
-    parser.add_argument(
-        "--natoms", type=int, default=80, help="of a structure, a multiple of 20 (default: 80)"
-    )
+    parser.add_argument("--natoms", type=int, default=80, help="of each, a multiple of 20 (default: 80)")
     parser.add_argument("--layers", type=int, help="instead of the configuration's 12")
     parser.add_argument("--lmax", type=int, help="instead of the configuration's 6")
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=["fp32"])

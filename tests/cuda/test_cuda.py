@@ -1,4 +1,4 @@
-"""What a GPU changes: devices of tensors, reduced precision, the order of sums. `benchmarks/gpu.sh` runs these."""
+"""What a GPU changes: devices, reduced precision, the order of sums. `benchmarks/gpu.sh` runs these."""
 
 from __future__ import annotations
 
