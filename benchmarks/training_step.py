@@ -2,9 +2,10 @@
 
     python benchmarks/training_step.py --device cuda --out benchmarks/results/training_step.json
 
-A step is: forward, the paper's loss, backward, gradient clipping, AdamW. The structures are slabs of one size,
-displaced at random, with random forces; the model is that of configs/oc20/equiformer_v2_dens_2M_12ep.yml (or smaller, by
---layers and --lmax). The variants take turns, so that a change of clock or load meets all of them.
+A step is: forward, the paper's loss, backward, gradient clipping, AdamW. The structures are slabs of one
+size, displaced at random, with random forces; the model is that of
+configs/oc20/equiformer_v2_dens_2M_12ep.yml (or smaller, by --layers and --lmax). The variants take turns, so
+that a change of clock or load meets all of them.
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ Source: arXiv 2403.09549, sections 3.1 to 3.3.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -19,7 +18,8 @@ import numpy as np
 import torch
 
 from fairchem_dens import keys
-from fairchem_dens.randomness import generator
+from fairchem_dens.randomness import generator, passing_generator
+from fairchem_dens.shallow import with_fields
 from fairchem_dens.validation import refuse_unknown_keys, require_mapping, require_number
 
 Switch = Literal["structure", "batch"]
@@ -181,115 +181,135 @@ def corrupt(data: Any, corruption: Corruption, *, seed: int, epoch: int, selecte
         ValueError: a field is missing, a structure is empty or a force is not finite; names the structure and
             what to do.
     """
-    sizes = _sizes(data)
-    forces = _forces(data)
-    if keys.FIXED not in data:
+    fields = data.to_dict()
+    pos = fields[keys.POS]
+    sizes = _sizes(fields)
+    forces = _forces(fields)
+    if fields.get(keys.FIXED) is None:
         raise ValueError(
-            f"{_name(data, None)} has no field '{keys.FIXED}' that says which atoms are held fixed, so it is "
-            "not known which may be "
+            f"{_name(fields, None)} has no field '{keys.FIXED}' that says which atoms are held fixed, so it "
+            "is not known which may be "
             "displaced. Write it with the data (zeros if all atoms are free, as in molecules)."
         )
-    pos = data[keys.POS]
-    movable = (
-        torch.ones_like(data[keys.FIXED], dtype=torch.bool) if corruption.all_atoms else data[keys.FIXED] == 0
-    )
-    is_md = _md_flags(data, len(sizes))
+    host_pos, host_forces = _on_host(pos), _on_host(forces)
+    movable = None if corruption.all_atoms else _on_host(fields[keys.FIXED]) == 0
+    numbers, cells = _on_host(fields[keys.ATOMIC_NUMBERS].long()), None
+    if fields.get(keys.CELL) is not None:
+        cells = _on_host(fields[keys.CELL]).reshape(-1, 3, 3)
+    is_md = _md_flags(fields, len(sizes))
     levels = corruption.levels()
 
-    masks, noises, sigmas, corrupted = [], [], [], []
+    mask = np.zeros(len(host_pos), dtype=bool)
+    noise = np.zeros_like(host_pos)
+    sigmas = np.zeros((len(host_pos), 1), dtype=host_pos.dtype)
+    corrupted = np.zeros(len(sizes), dtype=bool)
+    # A sum is finite only if all its terms are.
+    finite = math.isfinite(host_forces.sum())
     start = 0
     for index, size in enumerate(sizes):
         atoms = slice(start, start + size)
         start += size
         if size == 0:
-            raise ValueError(f"{_name(data, index)} has no atoms: remove it from the data set.")
-        if not bool(torch.isfinite(forces[atoms]).all()):
+            raise ValueError(f"{_name(fields, index)} has no atoms: remove it from the data set.")
+        if not finite and not np.isfinite(host_forces[atoms]).all():
             raise ValueError(
-                f"{_name(data, index)} has forces that are not finite; DeNS feeds forces to the model. "
+                f"{_name(fields, index)} has forces that are not finite; DeNS feeds forces to the model. "
                 "Remove the structure from the data set."
             )
-        rng = generator(seed, epoch, content=_content(data, index, atoms))
-        # All is drawn each time and in this order: a setting that changes one decision leaves the others as
-        # they were.
+        if selected is False or is_md[index]:
+            continue
+        # What a structure is known by; the same bytes whether it stands alone or in a batch.
+        content = [numbers[atoms].tobytes(), host_pos[atoms].tobytes()]
+        if cells is not None:
+            content.append(cells[index].tobytes())
+        rng = passing_generator(seed, epoch, content=content)
+        # What is drawn, and its order, depends on no setting but the coin: a setting that changes one
+        # decision leaves the others as they were.
         coin = rng.random() < corruption.prob
+        if not (coin if selected is None else selected):
+            continue
         level = levels[rng.integers(len(levels))]
         chosen = rng.random(size) < (1.0 if corruption.corrupt_ratio is None else corruption.corrupt_ratio)
         unit_noise = rng.standard_normal((size, 3))
+        if _is_left_alone(corruption, chosen, host_forces[atoms]):
+            continue
+        if movable is not None:
+            chosen &= movable[atoms]
+        if not chosen.any():
+            continue
+        corrupted[index] = True
+        mask[atoms] = chosen
+        unit_noise[~chosen] = 0.0
+        noise[atoms] = level * unit_noise
+        sigmas[atoms] = level
 
-        on = coin if selected is None else selected
-        mask = torch.from_numpy(chosen).to(pos.device) & movable[atoms]
-        if not on or is_md[index] or _is_left_alone(corruption, chosen, forces[atoms]):
-            mask = torch.zeros_like(mask)
-        moved = bool(mask.any())
-        masks.append(mask)
-        noises.append(torch.from_numpy(level * unit_noise).to(pos))
-        sigmas.append(pos.new_full((size, 1), float(level) if moved else 0.0))
-        corrupted.append(moved)
-
-    noise_mask = torch.cat(masks)
-    noise_vec = torch.where(noise_mask[:, None], torch.cat(noises), torch.zeros_like(pos))
-    result = copy.copy(data)
-    # `where` and not a sum: adding zero would turn -0.0 into 0.0 on atoms that must stay bit for bit.
-    result[keys.POS] = torch.where(noise_mask[:, None], pos + noise_vec, pos)
-    result[keys.NOISE_VEC] = noise_vec
-    result[keys.NOISE_MASK] = noise_mask
-    result[keys.CONDITION_FORCES] = torch.where(noise_mask[:, None], forces, torch.zeros_like(forces))
-    result[keys.SIGMAS] = torch.cat(sigmas)
-    result[keys.CORRUPTED] = torch.tensor(corrupted, device=pos.device)
-    # On every structure, or collating would drop the field where the first of a batch has none.
-    result[keys.MD] = torch.tensor(is_md, device=pos.device)
-    return result
+    new_pos = host_pos.copy()
+    condition_forces = np.zeros_like(host_forces)
+    if corrupted.any():
+        # Nothing is added to the others: that would turn -0.0 into 0.0, and they must stay bit for bit.
+        np.add(host_pos, noise, out=new_pos, where=mask[:, None])
+        np.copyto(condition_forces, host_forces, where=mask[:, None])
+    changed = {
+        keys.POS: new_pos,
+        keys.NOISE_VEC: noise,
+        keys.NOISE_MASK: mask,
+        keys.CONDITION_FORCES: condition_forces,
+        keys.SIGMAS: sigmas,
+        keys.CORRUPTED: corrupted,
+        # On every structure, or collating would drop the field where the first of a batch has none.
+        keys.MD: np.array(is_md),
+    }
+    tensors = {key: torch.from_numpy(value) for key, value in changed.items()}
+    if pos.device.type != "cpu":
+        tensors = {key: tensor.to(pos.device) for key, tensor in tensors.items()}
+    return with_fields(data, tensors)
 
 
-def _is_left_alone(corruption: Corruption, chosen: np.ndarray, forces: torch.Tensor) -> bool:
+def _on_host(values: torch.Tensor) -> np.ndarray:
+    return values.numpy(force=True)  # whatever its device
+
+
+def _is_left_alone(corruption: Corruption, chosen: np.ndarray, forces: np.ndarray) -> bool:
     """The two restrictions of DeNS's successor, both off by default."""
     if corruption.strict_max_ratio is not None and chosen.mean() > corruption.strict_max_ratio:
         return True
     return corruption.max_force_norm is not None and bool(
-        (torch.linalg.vector_norm(forces, dim=-1) > corruption.max_force_norm).any()
+        (np.linalg.norm(forces, axis=-1) > corruption.max_force_norm).any()
     )
 
 
-def _sizes(data: Any) -> list[int]:
-    if keys.BATCH in data and data[keys.BATCH] is not None:
-        return torch.as_tensor(data[keys.NATOMS]).reshape(-1).tolist()
-    return [data[keys.POS].shape[0]]
+def _sizes(fields: Mapping[str, Any]) -> list[int]:
+    if fields.get(keys.BATCH) is not None:
+        return torch.as_tensor(fields[keys.NATOMS]).reshape(-1).tolist()
+    return [fields[keys.POS].shape[0]]
 
 
-def _forces(data: Any) -> torch.Tensor:
+def _forces(fields: Mapping[str, Any]) -> torch.Tensor:
     for name in reversed(keys.FORCES_ALIASES):
         # Both names are there only if a mapping copied one; then they hold the same tensor.
-        if name in data and data[name] is not None:
-            return data[name]
+        if fields.get(name) is not None:
+            return fields[name]
     raise ValueError(
-        f"{_name(data, None)} has no field '{keys.FORCES}' (nor '{keys.FORCES_ALIASES[1]}'). DeNS needs "
+        f"{_name(fields, None)} has no field '{keys.FORCES}' (nor '{keys.FORCES_ALIASES[1]}'). DeNS needs "
         "forces: they are the model's input for corrupted "
         "structures. Train on data with forces, or remove 'dens' from 'dataset.train.transforms'."
     )
 
 
-def _md_flags(data: Any, count: int) -> list[bool]:
-    if keys.MD not in data or data[keys.MD] is None:
+def _md_flags(fields: Mapping[str, Any], count: int) -> list[bool]:
+    if fields.get(keys.MD) is None:
         return [False] * count
-    flags = torch.as_tensor(data[keys.MD]).reshape(-1).bool()
-    return flags.expand(count).tolist() if flags.numel() == 1 else flags.tolist()
+    flags = [bool(flag) for flag in np.asarray(fields[keys.MD]).reshape(-1)]
+    return flags * count if len(flags) == 1 else flags
 
 
-def _content(data: Any, index: int, atoms: slice) -> list[bytes]:
-    """What a structure is known by; the same bytes whether it stands alone or in a batch."""
-    pieces = [data[keys.ATOMIC_NUMBERS][atoms].long(), data[keys.POS][atoms]]
-    if keys.CELL in data and data[keys.CELL] is not None:
-        pieces.append(data[keys.CELL].reshape(-1, 3, 3)[index])
-    return [piece.detach().cpu().contiguous().numpy().tobytes() for piece in pieces]
-
-
-def _name(data: Any, index: int | None) -> str:
+def _name(fields: Mapping[str, Any], index: int | None) -> str:
     """Name a structure by its ids, as far as it has any."""
     said = []
     for key in (keys.SID, keys.FID, "id"):
-        if key not in data:
+        if key not in fields:
             continue
-        value = data[key]
+        value = fields[key]
         value = value.reshape(-1).tolist() if isinstance(value, torch.Tensor) else value
         if isinstance(value, list | tuple):
             value = value[index or 0] if value else None

@@ -8,6 +8,7 @@ is the undisturbed one bit for bit.
 from __future__ import annotations
 
 import contextlib
+import copy
 import datetime
 import logging
 import signal
@@ -73,7 +74,7 @@ class ResumableTrainer(EquiformerV2ForcesTrainer):
             super(EquiformerV2ForcesTrainer, self).load_extras()
             return
         # fairchem turns epochs into steps in place; a warm-up that rounds to no step would divide by zero.
-        params = optim["scheduler_params"] = dict(optim["scheduler_params"])
+        params = optim["scheduler_params"] = copy.deepcopy(optim["scheduler_params"])
         if self.train_loader is not None and "warmup_epochs" in params:
             one_step = (1 + 1e-9) / len(self.train_loader)
             params["warmup_epochs"] = max(params["warmup_epochs"], one_step)

@@ -10,6 +10,8 @@ import importlib
 import inspect
 import logging
 import types
+from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +24,9 @@ from torch_geometric.data import Data
 
 from fairchem_dens import config, keys, objective, summary
 from fairchem_dens.corruption import Corruption, batch_is_corrupted, corrupt
+from fairchem_dens.data.collate import collate
+from fairchem_dens.data.reader import with_our_readers
+from fairchem_dens.data.references import ReferenceGuard, check_settings, origins
 from fairchem_dens.models.inputs import check_atomic_numbers
 from fairchem_dens.models.weight_decay import no_weight_decay
 from fairchem_dens.resumable import ResumableTrainer
@@ -53,8 +58,9 @@ class DeNSTrainer(ResumableTrainer):
         FileNotFoundError: a data folder does not exist.
     """
 
-    # Set by fairchem, which does not annotate it.
+    # Set by fairchem, which does not annotate them.
     loss_functions: list[tuple[str, dict[str, Any]]]
+    elementrefs: dict[str, Any]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # A dotted trainer name reaches this class without anything having been registered.
@@ -62,10 +68,12 @@ class DeNSTrainer(ResumableTrainer):
         given = inspect.signature(super().__init__).bind(*args, **kwargs).arguments
         given["name"] = TASK
         given["seed"] = given.get("seed") or 0
+        dataset = config.tidied(config.with_relax_dataset(given["dataset"], given["task"]))
         given["optimizer"], given["dataset"], given["loss_functions"] = config.translate_authors_keys(
-            given["optimizer"], config.tidied(given["dataset"]), given["loss_functions"]
+            given["optimizer"], dataset, given["loss_functions"]
         )
         self.noise_loss, ordinary = config.take_noise_loss(given["loss_functions"])
+        config.require_losses(given["loss_functions"], given["task"])
         config.check_targets(ordinary, given["outputs"] or {})
         if given["optimizer"].get("load_balancing") is not None:
             given["optimizer"].setdefault("load_balancing_on_error", "warn_and_no_balance")
@@ -73,6 +81,7 @@ class DeNSTrainer(ResumableTrainer):
 
         self.corruption: Corruption | None = None
         self._in_flight: tuple[Any, _OnHost] | None = None
+        self._reference_guards: dict[str, ReferenceGuard] = {}
         super().__init__(**given)
 
     def _model_settings(self, settings: dict[str, Any]) -> dict[str, Any]:
@@ -126,9 +135,23 @@ class DeNSTrainer(ResumableTrainer):
                 settings.get("transforms"), vars(fairchem_transforms), f"dataset.{name}.transforms"
             )
         config.check_sources({name: {**inherited, **settings} for name, settings in splits.items()})
-        super().load_datasets()
+        self._load_with_our_readers()
         if self.train_dataset is not None:
             self._arm_corruption()
+
+    def _load_with_our_readers(self) -> None:
+        """Open the data; the configuration, which checkpoints hold, keeps the user's formats."""
+        names = {"train": "dataset", **{split: f"{split}_dataset" for split in ("val", "test", "relax")}}
+        written = {key: self.config[key] for key in names.values()}
+        read = with_our_readers(
+            {split: written[key] or {} for split, key in names.items()},
+            keep_graph=not self.config["model"].get("otf_graph", False),
+        )
+        self.config.update({key: read[split] for split, key in names.items()})
+        try:
+            super().load_datasets()
+        finally:
+            self.config.update(written)
 
     def _arm_corruption(self) -> None:
         """Put the corruption where the settings of ``dens`` stand, on the train split alone."""
@@ -161,9 +184,45 @@ class DeNSTrainer(ResumableTrainer):
 
     def get_dataloader(self, dataset: Any, sampler: Any, workers: int | None = None) -> Any:
         """Build a loader whose workers know the transform, also where they start from nothing."""
+        self.collater = partial(collate, otf_graph=self.config["model"].get("otf_graph", False))
         loader = super().get_dataloader(dataset, sampler, workers=workers)
         loader.worker_init_fn = _register
         return loader
+
+    def load_references_and_normalizers(self) -> None:
+        """Load or fit both; elements that the references say nothing about are refused from here on.
+
+        Raises:
+            ValueError: a file of references is not one.
+        """
+        where = "dataset.train.transforms.element_references"
+        settings = (self.config["dataset"].get("transforms") or {}).get("element_references")
+        check_settings(settings, where)
+        super().load_references_and_normalizers()
+        self._guard_references(origins(settings, where))
+
+    def load_checkpoint(
+        self, checkpoint_path: str, checkpoint: dict[str, Any] | None = None, inference_only: bool = False
+    ) -> None:
+        """Load a checkpoint; the references in it are the ones that its weights were trained with.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is not a checkpoint that this version reads.
+            RuntimeError: its parameters are not this model's; lists them.
+        """
+        # fairchem would copy them into those of the YAML, which may be for another number of elements.
+        of_settings = dict(self.elementrefs)
+        self.elementrefs.clear()
+        super().load_checkpoint(checkpoint_path, checkpoint, inference_only)
+        origin = f"the checkpoint '{checkpoint_path}'"
+        self._guard_references(dict.fromkeys(self.elementrefs, origin))
+        self.elementrefs = of_settings | self.elementrefs
+
+    def _guard_references(self, origins: Mapping[str, str]) -> None:
+        for target, references in self.elementrefs.items():
+            origin = origins.get(target, "the file of references")
+            self._reference_guards[target] = ReferenceGuard.of(references.element_references, origin)
 
     def load_loss(self) -> None:
         """Build the losses; the one on noise, which fairchem does not know, apart from the others.
@@ -203,7 +262,9 @@ class DeNSTrainer(ResumableTrainer):
     def load_optimizer(self) -> None:
         """Build the optimizer, with the paper's choice of what is decayed."""
         model = self._unwrapped_model
-        names = no_weight_decay(model)
+        # For fairchem's models this replaces a rule that is not the paper's; ours bring their own.
+        is_ours = type(model).__module__.startswith("fairchem_dens.")
+        names = model.no_weight_decay() if is_ours else no_weight_decay(model)
         model.no_weight_decay = lambda: names
         super().load_optimizer()
 
@@ -213,8 +274,7 @@ class DeNSTrainer(ResumableTrainer):
         Raises:
             ValueError: one of them lacks a target.
         """
-        count = min(_NUM_SAMPLED, len(self.train_dataset))
-        places = torch.linspace(0, len(self.train_dataset) - 1, count).long().tolist()
+        places = _places(self.train_dataset)
         sample = [self.train_dataset[place] for place in places]
         old_names = dict([keys.ENERGY_ALIASES, keys.FORCES_ALIASES])
         for place, data in zip(places, sample, strict=True):
@@ -237,7 +297,13 @@ class DeNSTrainer(ResumableTrainer):
         )
         for line in lines:
             logging.info(line)
+        for warning in config.unread_settings(self.config["optim"]):
+            logging.warning(warning)
         sample = self._sample()
+        self._check_elements("train", sample)
+        for split in ("val", "test"):
+            if self._reference_guards and (dataset := getattr(self, f"{split}_dataset")) is not None:
+                self._check_elements(split, [dataset[place] for place in _places(dataset)])
         references = self.elementrefs.get(keys.ENERGY)
         seen = summary.sample_targets(
             sample, references.element_references if references is not None else None
@@ -250,6 +316,11 @@ class DeNSTrainer(ResumableTrainer):
                 ):
                     logging.warning(warning)
 
+    def _check_elements(self, split: str, structures: Iterable[Any]) -> None:
+        for guard in self._reference_guards.values():
+            for data in structures:
+                guard.check(data, f"'dataset.{split}.src'")
+
     # ------------------------------------------------------------------ a step
 
     def _forward(self, batch: Any) -> dict[str, Tensor]:
@@ -257,6 +328,8 @@ class DeNSTrainer(ResumableTrainer):
         if training and self.corruption is not None and self.corruption.switch == "batch":
             self._toss_coin_of_batch(batch)
         check_atomic_numbers(batch, getattr(self._unwrapped_model, "max_num_elements", 1 << 30))
+        for guard in self._reference_guards.values():
+            guard.check(batch)
         self._in_flight = batch, _look_at(batch)
         raw: dict[str, Tensor] = {}
         watch = self.model.register_forward_hook(lambda _module, _inputs, outputs: raw.update(outputs))
@@ -387,6 +460,12 @@ class DeNSTrainer(ResumableTrainer):
 
 def _register(_worker: int = 0) -> None:
     importlib.import_module("fairchem_dens.register")
+
+
+def _places(dataset: Any) -> list[int]:
+    """Some indices from all over a data set."""
+    count = min(_NUM_SAMPLED, len(dataset))
+    return torch.linspace(0, len(dataset) - 1, count).long().tolist()  # type: ignore[no-any-return]
 
 
 def _mean_of_anything(loss_fn: DDPLoss, num_samples: int, loss: Tensor) -> Tensor:

@@ -12,6 +12,11 @@ import yaml
 
 import fairchem_dens
 
+MAP = "README.md"
+"""The file beside the configurations that explains them; copied with all of them."""
+_PARTS = ("includes/", "demo/base.yml")
+"""Configurations that are no runs: others include them."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the actions `list` and `copy`."""
@@ -42,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the chosen action and returns its exit status."""
     if args.action == "list":
-        runs = [name for name in config_names() if not name.startswith("includes/")]
+        runs = run_names()
         width = max(map(len, runs), default=0)
         for name in runs:
             print(f"{name:{width}}  {summary(configs_folder() / name)}".rstrip())
@@ -71,6 +76,11 @@ def config_names() -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.yml"))
 
 
+def run_names() -> list[str]:
+    """Returns those of `config_names()` that are runs, not parts of others."""
+    return [name for name in config_names() if not name.startswith(_PARTS)]
+
+
 def summary(path: Path) -> str:
     """Returns the first comment line of a configuration, or nothing if it does not start with one."""
     first = path.read_text(encoding="utf-8").partition("\n")[0]
@@ -81,7 +91,7 @@ def copy_configs(names: Iterable[str], destination: Path, *, force: bool = False
     """Copies configurations and everything they include.
 
     Args:
-        names: Configurations, with or without `.yml`, or folders of them; none means all.
+        names: Configurations, with or without `.yml`, or folders of them; none means all, with `MAP`.
         destination: Folder to copy to.
         force: Whether files that are there and differ are overwritten.
 
@@ -92,7 +102,8 @@ def copy_configs(names: Iterable[str], destination: Path, *, force: bool = False
         ValueError: If a name is unknown or a file is there and differs; nothing is copied then.
     """
     source = configs_folder()
-    wanted = _with_includes(source, [name for given in names for name in _resolve(given)] or config_names())
+    asked = [name for given in names for name in _resolve(given)]
+    wanted = _with_includes(source, asked) if asked else [*config_names(), MAP]
     copies = {source / name: destination / name for name in wanted}
     if not force:
         for original, copy in copies.items():

@@ -20,13 +20,14 @@ import torch
 from torch_geometric.data import Data
 
 from fairchem_dens import keys
+from fairchem_dens.data.environment import LENGTH_KEY
 from fairchem_dens.data.folder import refuse_existing, written_aside
+from fairchem_dens.data.records import RecordFiles, as_data
 
 if TYPE_CHECKING:
     from ase import Atoms
 
 METADATA_FILE = "metadata.npz"
-_LENGTH_KEY = b"length"
 _FIRST_MAP_SIZE = 2**24
 _STRUCTURES_PER_TRANSACTION = 500
 
@@ -151,7 +152,8 @@ class LmdbWriter:
 
     Raises:
         FileExistsError: the folder exists and ``overwrite`` is False.
-        ValueError: on `add`, a structure is refused by `check_structure`; at the end, nothing was added.
+        ValueError: on `add`, a structure is refused by `check_structure`, or one with the same sid and fid
+            was added before; at the end, nothing was added.
     """
 
     def __init__(
@@ -171,6 +173,7 @@ class LmdbWriter:
         if not overwrite:
             refuse_existing(self.folder)
         self._natoms: list[int] = []
+        self._places: dict[tuple[str, str], int] = {}
         self._pending: list[tuple[bytes, bytes]] = []
         self._files = 0
         self._in_file = 0
@@ -200,6 +203,13 @@ class LmdbWriter:
     def add(self, data: Data) -> None:
         """Check one structure and append it."""
         check_structure(data, labels=self._labels)
+        ids = str(data[keys.SID]), str(data[keys.FID])
+        earlier = self._places.setdefault(ids, len(self))
+        if earlier != len(self):
+            raise ValueError(
+                f"Structure (sid {ids[0]}, fid {ids[1]}) was added before, as number {earlier}: predictions "
+                "could not be told apart. Leave it out, or give it another fid."
+            )
         if self._structures_per_file is not None and self._in_file == self._structures_per_file:
             self._close_file()
         if self._env is None:
@@ -237,7 +247,7 @@ class LmdbWriter:
 
     def _close_file(self) -> None:
         assert self._env is not None
-        self._pending.append((_LENGTH_KEY, pickle.dumps(self._in_file, protocol=-1)))
+        self._pending.append((LENGTH_KEY, pickle.dumps(self._in_file, protocol=-1)))
         self._commit()
         self._env.sync(True)
         self._env.close()
@@ -257,14 +267,11 @@ class LmdbWriter:
             self._env = None
 
 
-def read_lmdb(path: str | Path) -> Iterator[Data]:
-    """Yield the structures of an LMDB file or folder in fairchem's order.
-
-    The file is unpickled, as fairchem does: read only files whose origin you trust.
+def lmdb_files(path: str | Path) -> list[Path]:
+    """Return the LMDB file itself, or those of a folder in fairchem's order.
 
     Raises:
         FileNotFoundError: there is no such file, or no ``*.lmdb`` in the folder.
-        ValueError: a structure is missing.
     """
     path = Path(path)
     files = [path] if path.is_file() else sorted(path.glob("*.lmdb"))
@@ -273,17 +280,18 @@ def read_lmdb(path: str | Path) -> Iterator[Data]:
         raise FileNotFoundError(
             f"No LMDB at '{path}' (found {found}). Give an .lmdb file or a folder of them."
         )
-    for file in files:
-        with (
-            lmdb.open(str(file), subdir=False, readonly=True, lock=False) as env,
-            env.begin() as transaction,
-        ):
-            length = transaction.get(_LENGTH_KEY)
-            count = env.stat()["entries"] if length is None else pickle.loads(length)
-            for index in range(count):
-                structure = transaction.get(str(index).encode("ascii"))
-                if structure is None:
-                    raise ValueError(
-                        f"'{file}' has no structure {index}, but should hold {count}: write it anew."
-                    )
-                yield pickle.loads(structure)
+    return files
+
+
+def read_lmdb(path: str | Path) -> Iterator[Data]:
+    """Yield the structures of an LMDB file or folder in fairchem's order, as they are stored.
+
+    The file is unpickled, as fairchem does: read only files whose origin you trust.
+
+    Raises:
+        FileNotFoundError: there is no such file, or no ``*.lmdb`` in the folder.
+        ValueError: a file cannot be read, or a structure is missing or damaged; names file and record.
+    """
+    files = RecordFiles(lmdb_files(path))
+    for index in range(len(files)):
+        yield as_data(files.read(*files.locate(index)))

@@ -6,6 +6,8 @@ code.
 
 from __future__ import annotations
 
+from fairchem_dens.models.equiformer import EquiformerDeNS
 from fairchem_dens.models.equiformer_v2 import EquiformerV2DeNS
+from fairchem_dens.models.escn import ESCNDeNS
 
-__all__ = ["EquiformerV2DeNS"]
+__all__ = ["ESCNDeNS", "EquiformerDeNS", "EquiformerV2DeNS"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -283,6 +284,177 @@ def test_folders_that_are_not_there(tmp_path: Path) -> None:
     config.check_sources({"train": {"src": "s3://bucket", "format": "ase_db"}})
 
 
+def test_single_files_that_are_not_there(tmp_path: Path) -> None:
+    (tmp_path / "there").touch()
+    there, absent = str(tmp_path / "there"), str(tmp_path / "absent")
+    ways: dict[str, Callable[[str], dict[str, Any]]] = {
+        "transforms.normalizer.file": lambda file: {"transforms": {"normalizer": {"file": file}}},
+        "transforms.normalizer.energy.file": lambda file: {
+            "transforms": {"normalizer": {"fit": {"targets": ["forces"]}, "energy": {"file": file}}}
+        },
+        "metadata_path": lambda file: {"metadata_path": file},
+        "oc20_ref": lambda file: {"train_on_oc20_total_energies": True, "oc20_ref": file},
+    }
+    for key, settings in ways.items():
+        config.check_sources({"val": settings(there)})
+        with pytest.raises(FileNotFoundError, match=rf"'dataset\.val\.{key}' names '{absent}', which is not"):
+            config.check_sources({"val": settings(absent)})
+    # Read by nobody, as in the authors' code.
+    config.check_sources({"val": {"oc20_ref": absent}})
+
+
+@pytest.mark.parametrize("empty", [None, "", []])
+@pytest.mark.parametrize("format_", ["lmdb", "ase_db"])
+def test_a_source_that_was_not_filled_in(empty: Any, format_: str) -> None:
+    with pytest.raises(ValueError, match=r"'dataset\.train\.src' is empty: set it"):
+        config.check_sources({"train": {"src": empty, "format": format_}})
+
+
+# ------------------------------------------------------------------ paths
+
+
+@pytest.fixture
+def variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DENS_A", "/a")
+    monkeypatch.setenv("DENS_EMPTY", "")
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.delenv("DENS_UNSET", raising=False)
+
+
+@pytest.mark.usefixtures("variables")
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("$DENS_A/x", "/a/x"),
+        ("${DENS_A}/x", "/a/x"),
+        ("x$DENS_A", "x/a"),
+        ("${DENS_A}_x/${DENS_A}", "/a_x//a"),
+        ("${DENS_A:-/b}/x", "/a/x"),
+        ("${DENS_UNSET:-data}/x", "data/x"),
+        ("${DENS_UNSET:-}x", "x"),
+        ("${DENS_EMPTY:-data}/x", "data/x"),
+        ("${DENS_UNSET:-$DENS_A}/x", "/a/x"),
+        ("~/x", "/home/me/x"),
+        ("${DENS_UNSET:-~/data}/x", "/home/me/data/x"),
+        ("a~b/~", "a~b/~"),
+        ("pa$$word", "pa$word"),
+        ("$$DENS_A", "$DENS_A"),
+        ("5$", "5$"),
+        ("plain/path", "plain/path"),
+    ],
+)
+def test_expansion(written: str, meant: str) -> None:
+    assert config.expanded(written, "here") == meant
+
+
+@pytest.mark.usefixtures("variables")
+@pytest.mark.parametrize("written", ["$DENS_UNSET/x", "${DENS_UNSET}/x", "${DENS_EMPTY}/x"])
+def test_a_variable_that_is_not_set(written: str) -> None:
+    name = "DENS_EMPTY" if "EMPTY" in written else "DENS_UNSET"
+    dataset = {"train": {"src": "x"}, "val": {"src": ["y", written]}}
+    with pytest.raises(
+        ValueError, match=rf"'dataset\.val\.src\[1\]' is .*environment variable {name} is not"
+    ):
+        config.tidied(dataset)
+
+
+SPLIT = {
+    "format": "lmdb",
+    "src": "$DENS_A/src",
+    "transforms": {
+        "element_references": {"energy": {"file": "$DENS_A/references.npz"}, "file": "~/all.pt"},
+        "normalizer": {"forces": {"file": "${DENS_UNSET:-b}/forces.npz"}, "energy": {"mean": 1.5, "rmsd": 2}},
+    },
+    "lin_ref": "$DENS_A/lin_ref.npz",
+    "oc20_ref": "$DENS_A/ref.pkl",
+    "metadata_path": "$DENS_A/metadata.npz",
+    "subset_to": [{"op": "in", "metadata_key": "natoms", "rhv": "$DENS_A/natoms.txt"}],
+    "key_mapping": {"y": "energy"},
+    "first_n": 3,
+    "no_shuffle": True,
+    "lin": None,
+}
+EXPANDED_SPLIT = {
+    "format": "lmdb",
+    "src": "/a/src",
+    "transforms": {
+        "element_references": {"energy": {"file": "/a/references.npz"}, "file": "/home/me/all.pt"},
+        "normalizer": {"forces": {"file": "b/forces.npz"}, "energy": {"mean": 1.5, "rmsd": 2}},
+    },
+    "lin_ref": "/a/lin_ref.npz",
+    "oc20_ref": "/a/ref.pkl",
+    "metadata_path": "/a/metadata.npz",
+    "subset_to": [{"op": "in", "metadata_key": "natoms", "rhv": "/a/natoms.txt"}],
+    "key_mapping": {"y": "energy"},
+    "first_n": 3,
+    "no_shuffle": True,
+    "lin": None,
+}
+
+
+@pytest.mark.usefixtures("variables")
+@pytest.mark.parametrize("split", ["train", "val", "test", "relax"])
+def test_every_path_of_every_split(split: str) -> None:
+    dataset = {"train": {"src": "x"}, split: SPLIT}
+    before = copy.deepcopy(dataset)
+    assert config.tidied(dataset) == {"train": {"src": "x"}, split: EXPANDED_SPLIT}
+    assert dataset == before
+    listed = {**SPLIT, "src": ["$DENS_A/1", "~/2"]}
+    assert config.tidied({split: listed})[split]["src"] == ["/a/1", "/home/me/2"]
+
+
+@pytest.mark.usefixtures("variables")
+def test_paths_of_data_sets_as_a_list_or_alone() -> None:
+    assert config.tidied([{"src": "x"}, SPLIT, {"src": "~"}]) == [
+        {"src": "x"},
+        EXPANDED_SPLIT,
+        {"src": "/home/me"},
+    ]
+    assert config.tidied(SPLIT) == EXPANDED_SPLIT
+    assert config.tidied(None) is None and config.tidied({}) == {}
+    for dataset, key in (
+        ([{"src": "$DENS_UNSET"}], r"dataset\[0\]\.src"),
+        ({"src": "$DENS_UNSET"}, r"dataset\.src"),
+    ):
+        with pytest.raises(ValueError, match=f"'{key}' is '.DENS_UNSET'"):
+            config.tidied(dataset)
+
+
+def test_null_transforms_are_none() -> None:
+    assert config.tidied({"train": {"src": "x", "transforms": None}}) == {
+        "train": {"src": "x", "transforms": {}}
+    }
+
+
+def test_the_old_place_of_the_structures_to_relax() -> None:
+    task = {"relax_dataset": {"src": "r"}, "write_pos": True}
+    relax = {"src": "r"}
+    assert config.with_relax_dataset({"train": {"src": "x"}}, task) == {"train": {"src": "x"}, "relax": relax}
+    assert config.with_relax_dataset({"src": "x"}, task) == {"train": {"src": "x"}, "relax": relax}
+    assert config.with_relax_dataset([{"src": "x"}, {"src": "y"}], task) == {
+        "train": {"src": "x"},
+        "val": {"src": "y"},
+        "relax": relax,
+    }
+    for nothing in (None, {}, {"relax_dataset": None}, {"relax_dataset": {"src": None}}):
+        assert config.with_relax_dataset({"train": {}}, nothing) == {"train": {}}
+    same = {"train": {}, "relax": {"src": "r"}}
+    assert config.with_relax_dataset(same, task) == same
+    with pytest.raises(ValueError, match=r"twice, by 'task\.relax_dataset' and by 'dataset\.relax'"):
+        config.with_relax_dataset({"train": {}, "relax": {"src": "other"}}, task)
+
+
+def test_settings_that_nobody_reads() -> None:
+    known = {"batch_size": 1, "scheduler_params": {}, "ema_decay": 0.9}
+    assert config.unread_settings(known) == []
+    assert config.unread_settings(known | {"clip_grad_nrom": 1, "force_coefficient": 1}) == [
+        "Nobody reads 'optim.clip_grad_nrom' (did you mean 'clip_grad_norm'?): remove or correct it.",
+        "Nobody reads 'optim.force_coefficient': remove or correct it.",
+    ]
+    # fairchem's other schedule takes its settings from here.
+    assert config.unread_settings({"lr_gamma": 0.1}) == []
+
+
 # ------------------------------------------------------------------ the authors' keys
 
 PARAMS = {
@@ -446,6 +618,89 @@ def test_linear_references_become_a_transform(tmp_path: Path) -> None:
     for empty in (None, False, ""):
         _, new, _ = config.translate_authors_keys({}, {"train": {"src": "x", "lin_ref": empty}}, LOSSES)
         assert new == {"train": {"src": "x"}}
+
+
+REFERENCES = {"element_references": {"energy": {"file": "f.npz"}}}
+
+
+@pytest.mark.parametrize(
+    ("dataset", "meant"),
+    [
+        # An empty one for val does not take train's away: labels and predictions are totals in both.
+        (
+            {"train": {"src": "x", "lin_ref": "f.npz"}, "val": {"src": "y", "lin_ref": None}},
+            {"train": {"src": "x", "transforms": REFERENCES}, "val": {"src": "y"}},
+        ),
+        (
+            [{"src": "x", "lin_ref": "f.npz"}, {"src": "y", "lin_ref": "f.npz"}, {"src": "z"}],
+            [{"src": "x", "transforms": REFERENCES}, {"src": "y"}, {"src": "z"}],
+        ),
+        ({"src": "x", "lin_ref": "f.npz"}, {"src": "x", "transforms": REFERENCES}),
+        # Evaluation without a train split.
+        *(
+            (
+                {**train, split: {"src": "y", "lin_ref": "f.npz"}},
+                {"train": {"transforms": REFERENCES}, split: {"src": "y"}},
+            )
+            for split in ("val", "test", "relax")
+            for train in ({}, {"train": {}}, {"train": None})
+        ),
+    ],
+)
+def test_linear_references_of_any_split(dataset: Any, meant: Any) -> None:
+    assert config.translate_authors_keys({}, dataset, LOSSES)[1] == meant
+
+
+def test_linear_references_that_contradict_each_other() -> None:
+    for split in ("val", "test", "relax"):
+        dataset = {"train": {"src": "x", "lin_ref": "f"}, split: {"src": "y", "lin_ref": "g"}}
+        message = rf"'dataset\.train\.lin_ref' is 'f' and 'dataset\.{split}\.lin_ref' is 'g'"
+        with pytest.raises(ValueError, match=message):
+            config.translate_authors_keys({}, dataset, LOSSES)
+        for train in ({"src": "x"}, {"src": "x", "lin_ref": None}):
+            message = rf"'dataset\.{split}\.lin_ref' is given and 'dataset\.train\.lin_ref' is not"
+            with pytest.raises(ValueError, match=message):
+                config.translate_authors_keys(
+                    {}, {"train": train, split: {"src": "y", "lin_ref": "g"}}, LOSSES
+                )
+    with pytest.raises(
+        ValueError, match=r"'dataset\.val\.lin_ref' is given and 'dataset\.train\.lin_ref' is not"
+    ):
+        config.translate_authors_keys({}, [{"src": "x"}, {"src": "y", "lin_ref": "g"}], LOSSES)
+    dataset = {"train": {"transforms": REFERENCES}, "val": {"src": "y", "lin_ref": "g"}}
+    with pytest.raises(ValueError, match=r"given twice, by 'dataset\.val\.lin_ref'"):
+        config.translate_authors_keys({}, dataset, LOSSES)
+
+
+def test_a_yaml_without_losses() -> None:
+    for none in ({}, [], None):
+        with pytest.raises(
+            ValueError, match=r"'loss_functions' is missing or empty.*'loss_fns'.*rename them"
+        ):
+            config.require_losses(none, {"strict_load": True})
+        # fairchem makes them from `optim` then.
+        config.require_losses(none, {"dataset": "trajectory_lmdb"})
+    config.require_losses(LOSSES, None)
+
+
+def test_losses_named_a_second_time() -> None:
+    optim = {"loss_energy": "mae", "loss_force": "l2mae", "lr_initial": 1}
+    assert config.translate_authors_keys(optim, None, LOSSES)[0] == {"lr_initial": 1}
+    assert set(optim) == {"loss_energy", "loss_force", "lr_initial"}
+    for key, target in (("loss_energy", "energy"), ("loss_force", "forces"), ("loss_forces", "forces")):
+        message = rf"'optim\.{key}' is 'mse' and 'loss_functions\.{target}\.fn' is '\w+'"
+        with pytest.raises(ValueError, match=message):
+            config.translate_authors_keys({key: "mse"}, None, LOSSES)
+    # Alone they are fairchem's to read.
+    assert config.translate_authors_keys({"loss_energy": "mse"}, None, {})[0] == {"loss_energy": "mse"}
+
+
+def test_authors_keys_in_a_yaml_without_loss_functions() -> None:
+    for none in ({}, [], None):
+        with pytest.raises(
+            ValueError, match=r"'optim\.use_denoising_pos' is on but there is no 'loss_functions'"
+        ):
+            config.translate_authors_keys(authors(), {"train": {"src": "x"}}, none)
 
 
 # ------------------------------------------------------------------ the checks themselves

@@ -465,6 +465,53 @@ def test_a_setting_changes_one_decision_and_no_other(one: dict[str, Any], other:
     assert (differ == 0) == ("switch" in one)
 
 
+def pinned(shift: float) -> Data:
+    """Of round numbers, so that its bytes are the same on any machine."""
+    return Data(
+        pos=torch.arange(12.0).reshape(4, 3) / 8 + shift,
+        atomic_numbers=torch.tensor([29, 46, 8, 1]),
+        cell=10 * torch.eye(3)[None],
+        natoms=4,
+        fixed=torch.tensor([1, 0, 0, 0]),
+        forces=torch.arange(12.0).reshape(4, 3) / 4 - 1,
+    )
+
+
+def test_the_very_numbers() -> None:
+    """Runs of earlier versions can be resumed and compared: the noise is what it was from the start."""
+    half = always(corrupt_ratio=0.5)
+    after = corrupt(pinned(0), half, seed=0, epoch=0)
+    assert after[keys.NOISE_MASK].tolist() == [False, False, True, False]
+    third = [0.2136911004781723, 0.04733291268348694, -0.028175434097647667]
+    assert after[keys.NOISE_VEC].tolist() == [[0.0] * 3, [0.0] * 3, third, [0.0] * 3]
+
+    multi_scale = Corruption(prob=1.0, std_low=0.01, std_high=1.0, num_steps=7, all_atoms=True)
+    after = corrupt(pinned(0), multi_scale, seed=3, epoch=5)
+    assert after[keys.SIGMAS].unique().tolist() == [0.10000000149011612]
+    assert after[keys.NOISE_VEC].tolist() == [
+        [0.01650932990014553, -0.11937696486711502, -0.1206476017832756],
+        [0.08867941796779633, 0.10765623301267624, 0.032676730304956436],
+        [0.12739762663841248, -0.10951025784015656, 0.08932184427976608],
+        [0.03575897589325905, -0.028219295665621758, 0.11588725447654724],
+    ]
+
+    after = corrupt(Batch.from_data_list([pinned(0), pinned(1)]), half, seed=0, epoch=0)
+    assert after[keys.NOISE_VEC].tolist() == [
+        [0.0] * 3,
+        [0.0] * 3,
+        third,
+        [0.0] * 3,
+        [0.0] * 3,
+        [-0.12329795211553574, 0.22494666278362274, -0.00909203477203846],
+        [-0.02451752871274948, 0.006033765617758036, 0.08835001289844513],
+        [0.03557571768760681, -0.026760825887322426, 0.09670613706111908],
+    ]
+    coins = [
+        bool(corrupt(pinned(0), always(prob=0.5), seed=0, epoch=epoch)[keys.CORRUPTED]) for epoch in range(16)
+    ]
+    assert [epoch for epoch, coin in enumerate(coins) if coin] == [1, 5, 6, 8, 9, 10, 12, 13]
+
+
 # ------------------------------------------------------------------ in a batch
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import operator
 import os
 import pickle
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,8 @@ from torch_geometric.data import Data
 
 from fairchem_dens import transforms
 from fairchem_dens.corruption import Corruption, corrupt
-from fairchem_dens.data.dens_lmdb import DeNSLmdbDataset, LazyEnvironment
+from fairchem_dens.data.dens_lmdb import DeNSLmdbDataset
+from fairchem_dens.data.environment import LazyEnvironment
 
 RELAXATION = "/somewhere/relaxations/3/random{sid}.traj,{fid},9\n"
 MD = "/somewhere/md/3/random{sid}.traj,{fid},9\n"
@@ -136,10 +139,56 @@ def test_a_log_belongs_to_its_file_by_name(folder: Path) -> None:
     assert flags(DeNSLmdbDataset({"src": str(folder)})) == FLAT
 
 
-def test_relaxations_wins_over_md_elsewhere_in_the_path(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("path", "is_md"),
+    [
+        ("/somewhere/relaxations/7/random1331004.traj", False),
+        ("/somewhere/md/7/random1331004.traj", True),
+        ("/home/mdavis/relaxations/random0.traj", False),
+        ("/home/mdavis/oc20/md/random0.traj", True),
+        ("/data/relaxations_of_2020/md/random0.traj", True),  # the last part that says it
+        ("/data/md/relaxations/random0.traj", False),
+        ("/data/oc20_md/random0.traj", True),
+        ("/data/s2ef-md-3/random0.traj", True),
+        ("relaxations/random0.traj", False),
+        ("md/random0.traj", True),
+    ],
+)
+def test_paths(tmp_path: Path, path: str, is_md: bool) -> None:
     folder = write_folder(tmp_path / "train", [[False]])
-    (folder / "data_log.0000.txt").write_text("/home/mdavis/relaxations/random0.traj,0,9\n\n")
-    assert flags(DeNSLmdbDataset({"src": str(folder)})) == [False]
+    (folder / "data_log.0000.txt").write_text(f"{path},258,365\n\n")
+    dataset = DeNSLmdbDataset({"src": str(folder)})
+    dataset.check_md_logs()
+    assert flags(dataset) == [is_md]
+
+
+@pytest.mark.parametrize(
+    "path", ["/home/mdavis/random0.traj", "/data/cmd/random0.traj", "/data/relaxations_md/random0.traj"]
+)
+def test_paths_that_leave_it_open(tmp_path: Path, path: str) -> None:
+    """Two letters of a name are no word."""
+    folder = write_folder(tmp_path / "train", [[False]])
+    (folder / "data_log.0000.txt").write_text(f"{path},258,365\n")
+    with pytest.raises(ValueError, match=r"line 1 of '.*data_log\.0000\.txt' names neither .*random0"):
+        DeNSLmdbDataset({"src": str(folder)}).check_md_logs()
+
+
+def test_compressed_logs(folder: Path) -> None:
+    for number in (0, 2):
+        log = folder / f"data_log.{number:04d}.txt"
+        (folder / f"{log.name}.gz").write_bytes(gzip.compress(log.read_bytes()))
+        log.unlink()
+    dataset = DeNSLmdbDataset({"src": str(folder)})
+    dataset.check_md_logs()
+    assert flags(dataset) == FLAT
+
+
+def test_a_damaged_compressed_log(folder: Path) -> None:
+    log = folder / "data_log.0002.txt"
+    (folder / f"{log.name}.gz").write_bytes(gzip.compress(log.read_bytes())[:-9])
+    log.unlink()
+    with pytest.raises(ValueError, match="It is not known which frames are from MD"):
+        DeNSLmdbDataset({"src": str(folder)}).check_md_logs()
 
 
 def test_only_the_path_of_a_line_counts(tmp_path: Path) -> None:
@@ -201,6 +250,83 @@ def test_no_md_frame_of_a_batch_is_ever_corrupted(folder: Path) -> None:
     corruption = Corruption(prob=1.0, std=0.1, all_atoms=True, switch="batch")
     corrupted = corrupt(batch, corruption, seed=0, epoch=0, selected=True)
     assert corrupted.corrupted.tolist() == [not is_md for is_md in FLAT]
+
+
+def all_md_run(
+    run_settings: dict[str, Any], structure_of: Callable[..., Data], folder: Path, switch: str
+) -> dict[int, Data]:
+    """Set a run up that corrupts all it may, on frames of both kinds; returns them by sid."""
+    shutil.rmtree(folder, ignore_errors=True)
+    write_folder(folder)
+    records = {}
+    sid = 0
+    for number, shard in enumerate(SHARDS):
+        (folder / f"data.{number:04d}.lmdb").unlink()
+        of_file = []
+        for _ in shard:
+            of_file.append(structure_of(sid, natoms=6, num_fixed=1))
+            records[sid] = of_file[-1]
+            sid += 1
+        write_lmdb(folder / f"data.{number:04d}.lmdb", of_file)
+    run_settings["dataset"]["train"] |= {"format": "dens_lmdb", "src": str(folder)}
+    run_settings["dataset"]["train"]["transforms"]["dens"] = {
+        "prob": 1.0, "std": 0.1, "all_atoms": True, "switch": switch,
+    }  # fmt: skip
+    run_settings["optim"] |= {"max_epochs": 2, "batch_size": 3, "eval_every": 3}
+    return records
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("switch", ["structure", "batch"])
+def test_no_md_frame_is_corrupted_in_a_whole_training(
+    run_settings: dict[str, Any],
+    make_trainer: Callable[..., Any],
+    structure: Callable[..., Data],
+    tmp_path: Path,
+    switch: str,
+    workers: int,
+) -> None:
+    """What the model is given in each step: all relaxation frames corrupted, all MD frames as they were."""
+    records = all_md_run(run_settings, structure, tmp_path / "all_md", switch)
+    run_settings["optim"]["num_workers"] = workers
+    trainer = make_trainer(run_settings)
+    seen: list[int] = []
+
+    def look(module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
+        batch = inputs[0]
+        if not module.training:
+            assert "corrupted" not in batch  # val inherits format and transforms, and has no logs
+            return
+        for index, sid in enumerate(batch.sid.tolist()):
+            atoms = batch.batch == index
+            seen.append(sid)
+            assert bool(batch.md[index]) is FLAT[sid]
+            assert bool(batch.corrupted[index]) is not FLAT[sid]
+            assert torch.equal(batch.pos[atoms], records[sid].pos) is FLAT[sid]
+            assert bool(batch.noise_mask[atoms].any()) is not FLAT[sid]
+            assert bool(batch.condition_forces[atoms].any()) is not FLAT[sid]
+
+    trainer.model.register_forward_pre_hook(look)
+    trainer.train(disable_eval_tqdm=True)
+    assert {seen.count(sid) for sid in records} >= {2}  # twice each; the sampler repeats some to fill ranks
+    assert set(seen) == set(records)
+
+
+def test_logs_are_needed_where_the_corruption_is_armed(
+    run_settings: dict[str, Any],
+    make_trainer: Callable[..., Any],
+    structure: Callable[..., Data],
+    tmp_path: Path,
+) -> None:
+    all_md_run(run_settings, structure, tmp_path / "all_md", "structure")
+    (tmp_path / "all_md" / "data_log.0001.txt").unlink()
+    with pytest.raises(
+        ValueError, match=r"data_log\.0001\.txt' is missing.*'dataset\.train\.md_logs: ignore'"
+    ):
+        make_trainer(run_settings)
+    run_settings["dataset"]["train"]["md_logs"] = "ignore"
+    (batch, *_) = make_trainer(run_settings).train_loader
+    assert batch.corrupted.all() and not batch.md.any()
 
 
 @pytest.fixture(autouse=True)

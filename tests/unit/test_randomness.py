@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from fairchem_dens.randomness import derived_seed, generator
+from fairchem_dens.randomness import derived_seed, generator, passing_generator
 
 words = st.lists(st.integers(-(2**63), 2**63 - 1), max_size=4).map(tuple)
 contents = st.lists(st.binary(max_size=12), max_size=4)
@@ -21,6 +22,27 @@ def test_the_same_name_gives_the_same_numbers(name: tuple[int, ...], content: li
     assert first is not second
     assert np.array_equal(first.random(5), second.random(5))
     assert derived_seed(*name) == derived_seed(*name)
+
+
+@given(st.lists(st.tuples(words, contents), min_size=1, max_size=4), st.integers(0, 9))
+def test_a_passing_generator_is_the_same_stream(
+    names: list[tuple[tuple[int, ...], list[bytes]]], drawn_before: int
+) -> None:
+    """Whatever was drawn from the one before, odd numbers of 32 bits included."""
+    for name, content in names:
+        passing, lasting = passing_generator(*name, content=content), generator(*name, content=content)
+        for draw in ("random", "standard_normal", "integers"):
+            arguments = (5, 2**31) if draw == "integers" else (drawn_before,)
+            assert np.array_equal(getattr(passing, draw)(*arguments), getattr(lasting, draw)(*arguments))
+        passing.integers(0, 2**16, dtype=np.uint32)
+
+
+def test_passing_generators_of_threads() -> None:
+    def draw(seed: int) -> list[float]:
+        return [passing_generator(seed, step).random() for step in range(200)]
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(draw, range(8))) == [draw(seed) for seed in range(8)]
 
 
 @given(words, words, contents, contents)

@@ -6,9 +6,7 @@ the edge-degree embedding. Argument and parameter names are those of the paper's
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,6 +31,7 @@ from fairchem.core.models.scn.smearing import GaussianSmearing
 from torch import Tensor, nn
 
 from fairchem_dens import keys
+from fairchem_dens.models.arguments import argument_names, check_degrees, check_resolution, require
 from fairchem_dens.models.conditioning import ForceEmbedding, add_conditioning
 from fairchem_dens.models.graph import Graph, build_graph, edge_frames
 from fairchem_dens.models.inputs import prepared
@@ -44,8 +43,6 @@ AVG_NUM_NODES = 77.81317
 AVG_DEGREE = 23.395238876342773
 """Means over 100 000 structures of OC20 IS2RE, the second within 5 Å: the constants of the paper's code."""
 NUM_GAUSSIANS = 600
-MAX_DEGREE = 11
-"""fairchem tabulates Wigner matrices up to here."""
 
 
 class EquiformerV2DeNS(ParametersOnly):
@@ -142,15 +139,15 @@ class EquiformerV2DeNS(ParametersOnly):
         **unknown: Any,
     ) -> None:
         super().__init__()
-        refuse_unknown_keys(unknown, _argument_names(type(self)), "model")
-        _require("distance_function", distance_function, ["gaussian"])
-        _require("use_tp_reparam", use_tp_reparam, [False])
-        _require("use_s2_act_attn", use_s2_act_attn, [False])
-        _require("weight_init", weight_init, ["uniform", "normal"])
-        _require("norm_type", norm_type, ["layer_norm", "layer_norm_sh", "rms_norm_sh"])
+        refuse_unknown_keys(unknown, argument_names(type(self)), "model")
+        require("distance_function", distance_function, ["gaussian"])
+        require("use_tp_reparam", use_tp_reparam, [False])
+        require("use_s2_act_attn", use_s2_act_attn, [False])
+        require("weight_init", weight_init, ["uniform", "normal"])
+        require("norm_type", norm_type, ["layer_norm", "layer_norm_sh", "rms_norm_sh"])
         # fairchem's blocks take any name for these two and use SiLU.
-        _require("attn_activation", attn_activation, ["silu", "scaled_silu"])
-        _require("ffn_activation", ffn_activation, ["silu", "scaled_silu"])
+        require("attn_activation", attn_activation, ["silu", "scaled_silu"])
+        require("ffn_activation", ffn_activation, ["silu", "scaled_silu"])
         if use_energy_lin_ref and not load_energy_lin_ref:
             raise ValueError(
                 "'model.use_energy_lin_ref: True' needs 'model.load_energy_lin_ref: True', which holds the "
@@ -162,7 +159,8 @@ class EquiformerV2DeNS(ParametersOnly):
             )
         self.lmax_list = [6] if lmax_list is None else lmax_list
         self.mmax_list = [2] if mmax_list is None else mmax_list
-        _check_degrees(self.lmax_list, self.mmax_list, grid_resolution)
+        check_degrees(self.lmax_list, self.mmax_list)
+        check_resolution("grid_resolution", grid_resolution, self.lmax_list[0])
         self.lmax_list, self.mmax_list = list(self.lmax_list), list(self.mmax_list)
         self.lmax = self.lmax_list[0]
         self.use_pbc, self.otf_graph = use_pbc, otf_graph
@@ -416,33 +414,3 @@ def _initialise_radial_function(module: nn.Module) -> None:
                 bound = 1 / math.sqrt(layer.in_features)
                 nn.init.uniform_(layer.weight, -bound, bound)
                 nn.init.zeros_(layer.bias)
-
-
-def _require(name: str, value: Any, supported: list[Any]) -> None:
-    if value not in supported:
-        raise ValueError(f"'model.{name}' must be {' or '.join(map(repr, supported))}, found {value!r}.")
-
-
-def _check_degrees(lmax_list: Any, mmax_list: Any, grid_resolution: int | None) -> None:
-    for name, degrees in (("lmax_list", lmax_list), ("mmax_list", mmax_list)):
-        if not isinstance(degrees, Sequence) or len(degrees) != 1:
-            raise ValueError(
-                f"'model.{name}' must be a list of one number, found {degrees!r}: "
-                "several resolutions do not work."
-            )
-    (lmax,), (mmax,) = lmax_list, mmax_list
-    if not 1 <= lmax <= MAX_DEGREE:
-        raise ValueError(f"'model.lmax_list' must be between [1] and [{MAX_DEGREE}], found {lmax_list!r}.")
-    if not 0 <= mmax <= lmax:
-        raise ValueError(
-            f"'model.mmax_list' must be between [0] and 'lmax_list' ({lmax_list!r}), found {mmax_list!r}."
-        )
-    if grid_resolution is not None and (grid_resolution < 2 * (lmax + 1) or grid_resolution % 2):
-        raise ValueError(
-            f"'model.grid_resolution' must be an even number of at least {2 * (lmax + 1)} for lmax {lmax}, "
-            f"found {grid_resolution!r}; or null for the smallest."
-        )
-
-
-def _argument_names(model: type) -> list[str]:
-    return [name for name in inspect.signature(model).parameters if name not in ("self", "unknown")]

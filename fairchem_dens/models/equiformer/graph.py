@@ -1,0 +1,96 @@
+"""Neighbours in molecules: a table with a row for each atom, and the geometry of its edges.
+
+A row lists the other atoms of the molecule; a mask says which of them are within the cutoff. Molecules of one
+size give tables of one shape, sums over neighbours are sums over a dimension, and nothing is searched.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fairchem_dens.models.equiformer.tensor_product import Couplings, DepthwiseTensorProduct, Path
+
+COMPLETE_UP_TO = 64
+"""Rows are longer than this only if atoms have that many neighbours within the cutoff."""
+
+
+@dataclass(frozen=True)
+class Neighbors:
+    """Pairs of atoms that may be neighbours.
+
+    Attributes:
+        index: (N, K) int64, the other atom; the atom itself where the row is padded.
+        is_pair: (N, K) bool, False where the row is padded.
+    """
+
+    index: Tensor
+    is_pair: Tensor
+
+
+def find_neighbors(pos: Tensor, natoms: Tensor, batch: Tensor, cutoff: float) -> Neighbors:
+    """List the other atoms of each atom's structure; in large ones only those within the cutoff.
+
+    Args:
+        pos: (N, 3), Å.
+        natoms: (B,).
+        batch: (N,), ascending.
+        cutoff: Å.
+    """
+    longest = max(int(natoms.max()) - 1, 1)
+    place = torch.arange(longest, device=pos.device)
+    starts = (natoms.cumsum(0) - natoms)[batch]
+    own = torch.arange(len(pos), device=pos.device)
+    others = starts[:, None] + place + (place >= (own - starts)[:, None])
+    is_pair = place < (natoms[batch] - 1)[:, None]
+    index = torch.where(is_pair, others, own[:, None])
+    if longest > COMPLETE_UP_TO:
+        pos = pos.detach()
+        is_pair = is_pair & ((pos[index] - pos[:, None]).square().sum(dim=-1) < cutoff**2)
+        longest = max(int(is_pair.sum(dim=1).max()), 1)
+        # Stable: neighbours keep their order.
+        order = is_pair.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :longest]
+        index, is_pair = index.gather(1, order), is_pair.gather(1, order)
+    return Neighbors(index, is_pair)
+
+
+@dataclass(frozen=True)
+class Edges:
+    """What layers need to know of all pairs, E = N · K of them, row by row.
+
+    Attributes:
+        index: (N, K) int64, the neighbour.
+        mask: (N, K) bool, whether it is within the cutoff.
+        harmonics: (E, D).
+        basis: (E, number), the distance in the radial basis.
+    """
+
+    index: Tensor
+    mask: Tensor
+    harmonics: Tensor
+    basis: Tensor
+    _couplings: dict[tuple[Path, ...], Couplings] = field(default_factory=dict)
+
+    def couplings(self, product: DepthwiseTensorProduct) -> Couplings:
+        """Return the matrices of a tensor product, computed once for all products with the same paths."""
+        if product.paths not in self._couplings:
+            self._couplings[product.paths] = product.couplings(self.harmonics)
+        return self._couplings[product.paths]
+
+    def sum_over_neighbors(self, values: Tensor) -> Tensor:
+        """Sum (E, ...) over the neighbours of each atom: (N, ...). Masked pairs must hold zeros."""
+        return values.view(*self.index.shape, *values.shape[1:]).sum(dim=1)
+
+
+def edge_vectors(pos: Tensor, neighbors: Neighbors, cutoff: float) -> tuple[Tensor, Tensor]:
+    """Return vectors from atoms to neighbours (E, 3), Å, and the mask (N, K) of those within the cutoff.
+
+    Beyond the cutoff and where rows are padded the vector is a constant of that length: finite everywhere,
+    without a gradient.
+    """
+    vectors = pos[neighbors.index] - pos[:, None]
+    mask = neighbors.is_pair & (vectors.detach().square().sum(dim=-1) < cutoff**2)
+    constant = vectors.new_tensor([0.0, 0.0, cutoff])
+    return torch.where(mask[..., None], vectors, constant).view(-1, 3), mask

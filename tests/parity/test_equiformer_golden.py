@@ -1,0 +1,150 @@
+"""Equiformer + DeNS against outputs of the authors' own code, computed with their random weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch_geometric.data import Data
+
+from fairchem_dens.models import EquiformerDeNS
+
+TOLERANCE = 1e-5
+FILE = "equiformer_md17_dens_l2.pt"
+GENERATED = ("output_mask", "_w3j_", "rbf.")
+MODES = ("s2ef", "dens")
+
+
+@pytest.fixture(scope="module")
+def file(golden: Callable[[str], Any]) -> dict[str, Any]:
+    return golden(FILE)
+
+
+@pytest.fixture(scope="module")
+def model(file: dict[str, Any]) -> EquiformerDeNS:
+    model = EquiformerDeNS(**file["config"]).eval()
+    model.load_state_dict(file["state_dict"], strict=True)
+    return model
+
+
+def batch_in(mode: str, file: dict[str, Any]) -> Data:
+    """Our batch for one of their modes."""
+    theirs = file["batch"]
+    batch = Data(atomic_numbers=theirs["z"], batch=theirs["batch"], natoms=theirs["batch"].bincount())
+    if mode == "s2ef":
+        batch.pos = file["clean_pos"]
+    else:
+        batch.pos, batch.condition_forces = theirs["pos"], theirs["force"]
+    return batch
+
+
+def merged(outputs: dict[str, Tensor], mode: str, file: dict[str, Any]) -> Tensor:
+    """Forces, and the noise in place of those of corrupted atoms, which is what their model returns."""
+    if mode == "s2ef":
+        return outputs["forces"]
+    return torch.where(file["batch"]["noise_mask"][:, None], outputs["noise"], outputs["forces"])
+
+
+def expected(mode: str, file: dict[str, Any]) -> Tensor:
+    return file[mode]["forces" if mode == "s2ef" else "dy"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("with_gradients", [False, True])
+def test_energy_forces_and_noise(file, model, mode, with_gradients):
+    with torch.set_grad_enabled(with_gradients):
+        outputs = model(batch_in(mode, file))
+    assert ("noise" in outputs) == (mode == "dens")
+    torch.testing.assert_close(outputs["energy"], file[mode]["energy"][:, 0], rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(merged(outputs, mode, file), expected(mode, file), rtol=0, atol=TOLERANCE)
+
+
+def test_training_mode_predicts_the_same(file, model):
+    """There is no dropout in it."""
+    trained = copy.deepcopy(model).train()
+    outputs = trained(batch_in("dens", file))
+    torch.testing.assert_close(merged(outputs, "dens", file), expected("dens", file), rtol=0, atol=TOLERANCE)
+
+
+def test_modes_are_far_apart(file):
+    """By much more than the tolerance, in the structure that is corrupted in one of them."""
+    mask = file["batch"]["noise_mask"]
+    corrupted = file["batch"]["batch"] == file["batch"]["batch"][mask][0]
+    difference = (expected("dens", file) - expected("s2ef", file)).abs()
+    assert difference[corrupted & ~mask].max() > 100 * TOLERANCE
+    assert difference[mask].max() > 1000 * TOLERANCE
+    assert difference[~corrupted].max() == 0
+
+
+def test_every_learned_parameter_is_compared(file, model):
+    """The agreement would not survive other weights, whichever they are, but for one.
+
+    A bias on scalars that the noise, a vector, is not made of.
+    """
+    without_effect = "denoising_pos_head.sep_value.lin.bias.0"
+    chosen = file["batch"]["batch"] == 1
+    batch = batch_in("dens", file).subgraph(chosen)
+    batch.batch, batch.natoms = torch.zeros_like(batch.batch), batch.natoms[1:2]
+    mask = file["batch"]["noise_mask"][chosen, None]
+
+    def values(outputs: dict[str, Tensor]) -> Tensor:
+        atoms = torch.where(mask, outputs["noise"], outputs["forces"])
+        return torch.cat([outputs["energy"], atoms.flatten()])
+
+    theirs = torch.cat([file["dens"]["energy"][1], expected("dens", file)[chosen].flatten()])
+    assert (values(model(batch)) - theirs).abs().max() < TOLERANCE
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        changed = parameter + 0.1 * torch.randn(parameter.shape, generator=generator)
+        with torch.no_grad():
+            outputs = torch.func.functional_call(model, {name: changed}, batch)
+        change = (values(outputs) - theirs).abs().max()
+        assert (change > 2 * TOLERANCE) == (name != without_effect), name
+
+
+def test_every_learned_value_is_the_files_and_in_its_order(file, model):
+    state = model.state_dict()
+    learned = {
+        name: value
+        for name, value in file["state_dict"].items()
+        if value.numel() and not any(part in name for part in GENERATED)
+    }
+    assert list(state) == list(learned) == [name for name, _ in model.named_parameters()]
+    assert all(torch.equal(value, learned[name]) for name, value in state.items())
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_loads_behind_the_prefixes_of_data_parallel_wrappers(file, model, depth):
+    wrapped: nn.Module = EquiformerDeNS(**file["config"])
+    for _ in range(depth):
+        wrapped = nn.ModuleDict({"module": wrapped})
+    prefix = "module." * depth
+    wrapped.load_state_dict({prefix + name: value for name, value in file["state_dict"].items()}, strict=True)
+    for name, value in wrapped.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name.removeprefix(prefix)])
+
+
+def test_loading_does_not_change_the_file(file, model):
+    before = list(file["state_dict"])
+    copy.deepcopy(model).load_state_dict(file["state_dict"])
+    assert list(file["state_dict"]) == before
+
+
+@pytest.mark.parametrize(("setting", "value"), [("max_radius", 4.0), ("number_of_basis", 9)])
+def test_a_file_made_with_other_constants_is_refused(file, setting, value):
+    model = EquiformerDeNS(**file["config"] | {setting: value})
+    with pytest.raises(ValueError, match=setting):
+        model.load_state_dict(file["state_dict"])
+
+
+def test_missing_and_unknown_parameters_are_named(file, model):
+    state = dict(file["state_dict"])
+    state["force_embeding.bias.0"] = state.pop("force_embed.bias.0")
+    with pytest.raises(
+        RuntimeError, match=r"(?s)Missing.*force_embed\.bias\.0.*Unexpected.*force_embeding\.bias\.0"
+    ):
+        copy.deepcopy(model).load_state_dict(state)
