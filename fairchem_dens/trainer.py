@@ -28,7 +28,7 @@ from fairchem_dens.data.collate import collate
 from fairchem_dens.data.reader import with_our_readers
 from fairchem_dens.data.references import ReferenceGuard, check_settings, origins
 from fairchem_dens.models.inputs import check_atomic_numbers
-from fairchem_dens.models.weight_decay import no_weight_decay
+from fairchem_dens.models.weight_decay import kept_from_decay
 from fairchem_dens.resumable import ResumableTrainer
 from fairchem_dens.transforms import ArmedCorruption
 from fairchem_dens.validation import nearest
@@ -262,9 +262,7 @@ class DeNSTrainer(ResumableTrainer):
     def load_optimizer(self) -> None:
         """Build the optimizer, with the paper's choice of what is decayed."""
         model = self._unwrapped_model
-        # For fairchem's models this replaces a rule that is not the paper's; ours bring their own.
-        is_ours = type(model).__module__.startswith("fairchem_dens.")
-        names = model.no_weight_decay() if is_ours else no_weight_decay(model)
+        names = kept_from_decay(model)
         model.no_weight_decay = lambda: names
         super().load_optimizer()
 
@@ -491,6 +489,6 @@ def _require_noise(out: dict[str, Tensor], model: Any) -> None:
     if keys.NOISE not in out:
         raise ValueError(
             f"The model {type(model).__name__} does not predict noise, so it cannot be trained with DeNS. "
-            "Choose a force-conditioned model "
-            "('model.name: fairchem_dens.models.EquiformerV2DeNS'), or remove 'dens' and the loss on noise."
+            "Choose a force-conditioned model ('model.name: fairchem_dens.models.EquiformerV2DeNS', or "
+            "ESCNDeNS or EquiformerDeNS), or remove 'dens' and the loss on noise."
         )

@@ -21,6 +21,12 @@ def require(name: str, value: Any, supported: list[Any]) -> None:
         raise ValueError(f"'model.{name}' must be {' or '.join(map(repr, supported))}, found {value!r}.")
 
 
+def require_range(name: str, value: Any, is_legal: bool, legal: str) -> None:
+    """Raise a `ValueError` that says what is ``legal`` unless the value is."""
+    if not is_legal:
+        raise ValueError(f"'model.{name}' must be {legal}, found {value!r}.")
+
+
 def check_degrees(lmax_list: Any, mmax_list: Any) -> None:
     """Raise a `ValueError` unless both are lists of one number in the range of fairchem's blocks."""
     for name, degrees in (("lmax_list", lmax_list), ("mmax_list", mmax_list)):

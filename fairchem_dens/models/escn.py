@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from fairchem.core.common import gp_utils
 from fairchem.core.models.equiformer_v2.so3 import SO3_Rotation
 from fairchem.core.models.escn.escn import EnergyBlock, ForceBlock, eSCN
 from fairchem.core.models.escn.so3 import CoefficientMapping, SO3_Embedding, SO3_Grid
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from fairchem_dens import keys
 from fairchem_dens.models.arguments import argument_names, check_degrees, check_resolution, require
 from fairchem_dens.models.conditioning import ForceEmbedding, add_conditioning
-from fairchem_dens.models.graph import Graph, build_graph, edge_frames
+from fairchem_dens.models.graph import build_graph, edge_frames, padded
 from fairchem_dens.models.inputs import prepared
 from fairchem_dens.models.state import ParametersOnly, make_buffers_transient
 from fairchem_dens.validation import refuse_unknown_keys
@@ -172,11 +171,6 @@ class ESCNDeNS(ParametersOnly, eSCN):
         Raises:
             ValueError: an atomic number is out of range, or graph parallelism is on.
         """
-        if gp_utils.initialized():
-            raise ValueError(
-                "Graph parallelism (--gp-gpus) is not supported with DeNS models: the conditioning is not "
-                "split over ranks."
-            )
         data = prepared(data, self.max_num_elements)
         atomic_numbers = data[keys.ATOMIC_NUMBERS]
         graph = build_graph(
@@ -189,14 +183,8 @@ class ESCNDeNS(ParametersOnly, eSCN):
         )
         natoms, x = len(atomic_numbers), self._embed(data)
         if graph.edge_index.shape[1] < 2:
-            # fairchem's convolutions cannot be empty, and with one edge overwrite what their gradients need.
-            # One more atom, its own neighbour and left out of all outputs, keeps them going, and with them
-            # the zero gradients that distributed training waits for.
-            graph = Graph(
-                torch.cat([graph.edge_index, graph.edge_index.new_full((2, 2), natoms)], dim=1),
-                torch.cat([graph.vectors, graph.vectors.new_ones(2, 3)]),
-                torch.cat([graph.distances, graph.distances.new_ones(2)]),
-            )
+            # With one edge they overwrite what their gradients need.
+            graph = padded(graph, natoms, num_edges=2)
             atomic_numbers = torch.cat([atomic_numbers, atomic_numbers[-1:]])
             x.set_embedding(torch.cat([x.embedding, x.embedding[-1:]]))
         frames = edge_frames(graph.vectors, random_roll=self.training)

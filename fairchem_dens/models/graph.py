@@ -30,6 +30,24 @@ class Graph:
     distances: Tensor
 
 
+def padded(graph: Graph, natoms: int, num_edges: int) -> Graph:
+    """Return the graph with edges of one more atom, number ``natoms``, to itself.
+
+    fairchem's convolutions cannot be empty. With the embedding of one more atom, which is left out of all
+    outputs, they keep going, and with them the zero gradients that distributed training waits for.
+
+    Args:
+        graph: edges of ``natoms`` atoms.
+        natoms: number of atoms, and of the one more.
+        num_edges: how many edges to add, each of length √3 Å.
+    """
+    return Graph(
+        torch.cat([graph.edge_index, graph.edge_index.new_full((2, num_edges), natoms)], dim=1),
+        torch.cat([graph.vectors, graph.vectors.new_ones(num_edges, 3)]),
+        torch.cat([graph.distances, graph.distances.new_full((num_edges,), math.sqrt(3))]),
+    )
+
+
 def build_graph(
     data: Any,
     *,

@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 import torch
+from fairchem.core.common import gp_utils
 
 from fairchem_dens import keys
 
@@ -32,8 +33,8 @@ def check_atomic_numbers(data: Any, max_num_elements: int) -> None:
         where += f" (sid {data[keys.SID][int(data[keys.BATCH][worst])]})"
     raise ValueError(
         f"Atomic number {int(numbers[worst])}{where} is outside the model's embedding, which ends at "
-        f"{max_num_elements - 1}: "
-        f"raise 'model.max_num_elements' (now {max_num_elements}) and train anew, or remove the structure."
+        f"{max_num_elements - 1}: raise 'model.max_num_elements' (now {max_num_elements}; Equiformer: the "
+        "multiplicity of 'model.irreps_in') and train anew, or remove the structure."
     )
 
 
@@ -43,8 +44,13 @@ def prepared(data: Any, max_num_elements: int) -> Any:
     ``pbc`` of the common writers arrives as (3B,); read as it is, it would be the first structure's for all.
 
     Raises:
-        ValueError: an atomic number is out of range.
+        ValueError: an atomic number is out of range, or graph parallelism is on.
     """
+    if gp_utils.initialized():
+        raise ValueError(
+            "Graph parallelism (--gp-gpus) is not supported with DeNS models: the conditioning is not split "
+            "over ranks."
+        )
     check_atomic_numbers(data, max_num_elements)
     data = copy.copy(data)
     data[keys.ATOMIC_NUMBERS] = data[keys.ATOMIC_NUMBERS].long()

@@ -147,7 +147,7 @@ def test_atomic_number_beyond_the_embedding(
     structures[2].atomic_numbers[5] = number
     run_settings["dataset"][split]["src"] = write(tmp_path / split, structures)
     run_settings["optim"]["max_epochs"] = 1
-    message = rf"Atomic number {number} .*sid 1002.*ends at 89: raise 'model\.max_num_elements' \(now 90\)"
+    message = rf"Atomic number {number} .*sid 1002.*ends at 89: raise 'model\.max_num_elements' \(now 90"
     trainer = make_trainer(run_settings)
     use = trainer.train if split == "train" else trainer.validate
     with pytest.raises(ValueError, match=message):

@@ -677,11 +677,12 @@ class TestStateDict:
         other.load_state_dict(state, strict=True)
         assert_equal(predict(other, corrupted), predict(model, corrupted))
 
-    def test_norms_and_embeddings(self, model):
+    def test_only_norms_and_biases_are_not_decayed(self, model):
         kept = model.no_weight_decay()
         names = {name for name, _ in model.named_parameters()}
         assert kept <= names
         assert {name for name in names if "norm" in name or ".net.1." in name} <= kept
+        assert {name for name in names if "bias" in name} <= kept
         for name in ("atom_embed.atom_type_lin.tp.weight", "force_embed.tp.weight", "blocks.0.ga.alpha_dot"):
             assert name in names - kept
 

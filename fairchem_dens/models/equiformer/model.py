@@ -7,17 +7,16 @@ Source: arXiv 2403.09549, section 4.3; Liao and Smidt, Equiformer, arXiv 2206.11
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from e3nn import o3
-from fairchem.core.common import gp_utils
 from torch import Tensor, nn
 
 from fairchem_dens import keys
+from fairchem_dens.models.arguments import argument_names, require, require_range
 from fairchem_dens.models.conditioning import force_features
 from fairchem_dens.models.equiformer.activation import ScalarActivation
 from fairchem_dens.models.equiformer.attention import GraphAttention
@@ -119,14 +118,14 @@ class EquiformerDeNS(WithoutGeneratedBuffers):
         **unknown: Any,
     ) -> None:
         super().__init__()
-        refuse_unknown_keys(unknown, _argument_names(type(self)), "model")
-        _require("irreps_node_attr", irreps_node_attr, "1x0e")
-        _require("basis_type", basis_type, "exp")
-        _require("rescale_degree", rescale_degree, False)
-        _require("nonlinear_message", nonlinear_message, True)
-        _require("norm_layer", norm_layer, "layer")
-        _require("use_pbc", use_pbc, False)
-        _require("otf_graph", otf_graph, True)
+        refuse_unknown_keys(unknown, argument_names(type(self)), "model")
+        require("irreps_node_attr", irreps_node_attr, ["1x0e"])
+        require("basis_type", basis_type, ["exp"])
+        require("rescale_degree", rescale_degree, [False])
+        require("nonlinear_message", nonlinear_message, [True])
+        require("norm_layer", norm_layer, ["layer"])
+        require("use_pbc", use_pbc, [False])
+        require("otf_graph", otf_graph, [True])
         for name, value in (("mean", mean), ("std", std), ("atomref", atomref)):
             if value is not None:
                 raise ValueError(
@@ -134,13 +133,13 @@ class EquiformerDeNS(WithoutGeneratedBuffers):
                     "'dataset.train.transforms' (normalizer, element_references)."
                 )
         for name, number in (("num_layers", num_layers), ("num_heads", num_heads)):
-            _require_range(name, number, number >= 1, "at least 1")
-        _require_range("number_of_basis", number_of_basis, number_of_basis >= 2, "at least 2")
+            require_range(name, number, number >= 1, "at least 1")
+        require_range("number_of_basis", number_of_basis, number_of_basis >= 2, "at least 2")
         max_radius = require_number(max_radius, "model.max_radius")
-        _require_range("max_radius", max_radius, max_radius > 0, "above 0")
+        require_range("max_radius", max_radius, max_radius > 0, "above 0")
         rates = {"alpha_drop": alpha_drop, "proj_drop": proj_drop, "out_drop": out_drop}
         for name, rate in {**rates, "drop_path_rate": drop_path_rate}.items():
-            _require_range(name, rate, 0 <= require_number(rate, f"model.{name}") < 1, "from 0 to below 1")
+            require_range(name, rate, 0 <= require_number(rate, f"model.{name}") < 1, "from 0 to below 1")
         elements = parse_irreps("irreps_in", irreps_in)
         if elements.lmax > 0 or len(elements) > 1:
             raise ValueError(f"'model.irreps_in' must be scalars such as 64x0e, found {irreps_in!r}.")
@@ -226,11 +225,6 @@ class EquiformerDeNS(WithoutGeneratedBuffers):
         Raises:
             ValueError: an atomic number is out of range, or graph parallelism is on.
         """
-        if gp_utils.initialized():
-            raise ValueError(
-                "Graph parallelism (--gp-gpus) is not supported with DeNS models: the conditioning is not "
-                "split over ranks."
-            )
         data = prepared(data, self.max_num_elements)
         keeps_graph = torch.is_grad_enabled()
         neighbors = find_neighbors(data[keys.POS], data[keys.NATOMS], data[keys.BATCH], self.max_radius)
@@ -283,17 +277,3 @@ class EquiformerDeNS(WithoutGeneratedBuffers):
         of_atoms = self.energy_head(x)[0].flatten()
         energy = of_atoms.new_zeros(len(data[keys.NATOMS])).index_add(0, data[keys.BATCH], of_atoms)
         return energy * (self.scale / math.sqrt(AVG_NUM_NODES))
-
-
-def _require(name: str, value: Any, supported: Any) -> None:
-    if value != supported:
-        raise ValueError(f"'model.{name}' must be {supported!r}, found {value!r}.")
-
-
-def _require_range(name: str, value: Any, is_legal: bool, legal: str) -> None:
-    if not is_legal:
-        raise ValueError(f"'model.{name}' must be {legal}, found {value!r}.")
-
-
-def _argument_names(model: type) -> list[str]:
-    return [name for name in inspect.signature(model).parameters if name not in ("self", "unknown")]

@@ -10,7 +10,6 @@ import math
 from typing import Any
 
 import torch
-from fairchem.core.common import gp_utils
 from fairchem.core.models.equiformer_v2.input_block import EdgeDegreeEmbedding
 from fairchem.core.models.equiformer_v2.layer_norm import get_normalization_layer
 from fairchem.core.models.equiformer_v2.module_list import ModuleListInfo
@@ -33,7 +32,7 @@ from torch import Tensor, nn
 from fairchem_dens import keys
 from fairchem_dens.models.arguments import argument_names, check_degrees, check_resolution, require
 from fairchem_dens.models.conditioning import ForceEmbedding, add_conditioning
-from fairchem_dens.models.graph import Graph, build_graph, edge_frames
+from fairchem_dens.models.graph import build_graph, edge_frames, padded
 from fairchem_dens.models.inputs import prepared
 from fairchem_dens.models.state import ParametersOnly, make_buffers_transient
 from fairchem_dens.models.weight_decay import no_weight_decay
@@ -305,11 +304,6 @@ class EquiformerV2DeNS(ParametersOnly):
         Raises:
             ValueError: an atomic number is out of range, or graph parallelism is on.
         """
-        if gp_utils.initialized():
-            raise ValueError(
-                "Graph parallelism (--gp-gpus) is not supported with DeNS models: the conditioning is not "
-                "split over ranks."
-            )
         data = prepared(data, self.max_num_elements)
         atomic_numbers, batch = data[keys.ATOMIC_NUMBERS], data[keys.BATCH]
         graph = build_graph(
@@ -322,13 +316,7 @@ class EquiformerV2DeNS(ParametersOnly):
         )
         natoms, x = len(atomic_numbers), self._embed(data, atomic_numbers)
         if graph.edge_index.shape[1] == 0:
-            # fairchem's convolutions cannot be empty. One more atom, its own neighbour and left out of all
-            # outputs, keeps them going, and with them the zero gradients that distributed training waits for.
-            graph = Graph(
-                graph.edge_index.new_full((2, 1), natoms),
-                graph.vectors.new_ones(1, 3),
-                graph.distances.new_ones(1),
-            )
+            graph = padded(graph, natoms, num_edges=1)
             atomic_numbers, batch = (torch.cat([values, values[-1:]]) for values in (atomic_numbers, batch))
             x.set_embedding(torch.cat([x.embedding, x.embedding[-1:]]))
         frames = edge_frames(graph.vectors, random_roll=self.training)
