@@ -13,6 +13,10 @@ from fairchem_dens import __version__
 from fairchem_dens.cli.subcommands import add_commands
 
 COMMANDS = {
+    "checkpoint": (
+        "fairchem_dens.cli.checkpoint",
+        "look into checkpoints, import official ones, export them to fairchem, strip them of DeNS",
+    ),
     "configs": (
         "fairchem_dens.cli.configs",
         "list the training configurations that ship with the package, or copy them",
@@ -24,6 +28,14 @@ COMMANDS = {
     "demo": (
         "fairchem_dens.cli.demo",
         "generate a small data set, train with and without DeNS on it, and compare",
+    ),
+    "evaluate": (
+        "fairchem_dens.cli.evaluate",
+        "score a checkpoint on data sets, by the metrics of the leaderboards and the paper",
+    ),
+    "submission": (
+        "fairchem_dens.cli.submission",
+        "build and check files for the OC20 and OC22 leaderboards",
     ),
 }
 """Name of each subcommand: its module and one line of help."""
