@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import datetime
 import logging
 import signal
@@ -19,11 +20,15 @@ from typing import Any
 import torch
 from fairchem.core.common import distutils
 from fairchem.core.models.equiformer_v2.trainers.forces_trainer import EquiformerV2ForcesTrainer
+from fairchem.core.modules.exponential_moving_average import ExponentialMovingAverage
+from fairchem.core.modules.normalization.element_references import create_element_references
+from fairchem.core.modules.normalization.normalizer import create_normalizer
 from torch import Tensor
 
-import fairchem_dens
 from fairchem_dens import checkpoints
+from fairchem_dens.checkpoints.fine_tuning import CHECKPOINT, WHERE, FineTuning
 from fairchem_dens.randomness import derived_seed
+from fairchem_dens.relaxation import complete_trajectories
 
 
 class ResumableTrainer(EquiformerV2ForcesTrainer):
@@ -33,6 +38,7 @@ class ResumableTrainer(EquiformerV2ForcesTrainer):
     config: dict[str, Any]
     step: int
     epoch: float
+    ema: Any
 
     _updating = False
     """Whether the optimizer is changing the weights, which then belong to no step."""
@@ -40,6 +46,10 @@ class ResumableTrainer(EquiformerV2ForcesTrainer):
     _step_of_weights = 0
     """The step whose update the weights hold; fairchem counts a step before it is made."""
     _step_of_file = -1
+    fine_tuning: FineTuning | None = None
+    """Where a run that does not resume takes its first weights from; None makes them."""
+    _loaded_from: str | None = None
+    _loaded_state_of_run = False
 
     @staticmethod
     def _get_timestamp(device: torch.device, suffix: str | None) -> str:
@@ -55,10 +65,9 @@ class ResumableTrainer(EquiformerV2ForcesTrainer):
 
     def load(self, inference_only: bool) -> None:
         """Build everything; write into the configuration what made it."""
-        self.config["fairchem_dens"] = {
-            "version": fairchem_dens.__version__,
-            "checkpoint_version": checkpoints.CHECKPOINT_VERSION,
-        }
+        self.config["fairchem_dens"] = checkpoints.mark()
+        if self.fine_tuning is not None:
+            self.config["fairchem_dens"]["fine_tuned_from"] = dataclasses.asdict(self.fine_tuning)
         self.seed: int = self.config["cmd"]["seed"]
         super().load(inference_only)
 
@@ -81,15 +90,67 @@ class ResumableTrainer(EquiformerV2ForcesTrainer):
         super().load_extras()
 
     def train(self, disable_eval_tqdm: bool = False) -> None:
-        """Train to the end, which always leaves a checkpoint, or to SIGTERM, which does too."""
+        """Train to the end, which always leaves a checkpoint, or to SIGTERM, which does too.
+
+        Raises:
+            FileNotFoundError: the checkpoint to fine-tune from does not exist.
+            ValueError: it does not fit; or a checkpoint was loaded that holds no run to resume.
+        """
         if distutils.is_master() and not self.is_debug:
             checkpoints.remove_unfinished(self.config["cmd"]["checkpoint_dir"])
         with self._checkpoint_on_sigterm():
+            self._start()
             self._repeat_interrupted_evaluation(disable_eval_tqdm)
             super().train(disable_eval_tqdm=disable_eval_tqdm)
             # fairchem writes a file every `eval_every` steps, which a short run may never reach.
             if self._step_of_file != self.step:
                 self.save(checkpoint_file="checkpoint.pt", training_state=True)
+
+    def _start(self) -> None:
+        """Resume what was loaded, fine-tune, or begin anew."""
+        if self._loaded_from is not None:
+            if not self._loaded_state_of_run:
+                raise ValueError(
+                    f"'{self._loaded_from}' holds weights but not the state of a run (no optimizer), so it "
+                    f"cannot be resumed. To fine-tune from it, leave out --checkpoint and set "
+                    f"'{WHERE}.starting_checkpoint'."
+                )
+            logging.info(f"Resuming '{self._loaded_from}' after step {self.step}.")
+        elif self.fine_tuning is not None:
+            self._fine_tune(self.fine_tuning)
+
+    def _fine_tune(self, start: FineTuning) -> None:
+        """Take the weights of a checkpoint, and its normalisers if that is asked for; all else is fresh."""
+        file, model = start.starting_checkpoint, self._unwrapped_model
+        checkpoint = checkpoints.read(file, map_location=self.device)
+        checkpoints.require_fit(checkpoint, model, self.config["model"], file)
+        start.check_normalizers(checkpoint["normalizers"], self.normalizers)
+        checkpoints.load(checkpoints.predicting_weights(checkpoint), model)
+        if self.ema is not None:
+            self.ema = ExponentialMovingAverage(self.model.parameters(), self.ema_decay)
+        if start.normalizers == CHECKPOINT:
+            self._use_normalizers_of(checkpoint, file)
+        average = "" if checkpoint.get("ema") is None else ", in their moving average"
+        logging.info(
+            f"Fine-tuning: weights of '{file}' (step {checkpoint.get('step', 'unknown')}{average}); step 0, "
+            "and optimizer, schedule and moving average are fresh."
+        )
+        for target, normalizer in self.normalizers.items():
+            logging.info(
+                f"Fine-tuning: normaliser of {target} from the {start.normalizers}: mean "
+                f"{normalizer.mean.item():.6g}, rmsd {normalizer.rmsd.item():.6g}."
+            )
+
+    def _use_normalizers_of(self, checkpoint: dict[str, Any], file: str) -> None:
+        """Replace normalisers and element references by those of a checkpoint."""
+        self.normalizers = {
+            target: create_normalizer(state_dict=state).to(self.device)
+            for target, state in checkpoint["normalizers"].items()
+        }
+        self.elementrefs = {
+            target: create_element_references(state_dict=state).to(self.device)
+            for target, state in checkpoint["elementrefs"].items()
+        }
 
     def _repeat_interrupted_evaluation(self, disable_eval_tqdm: bool) -> None:
         """Evaluate once more where the file was written just before an evaluation that may not have ended.
@@ -137,6 +198,11 @@ class ResumableTrainer(EquiformerV2ForcesTrainer):
         """Predict with averaged weights; see fairchem's trainer."""
         with self._own_weights_back():
             return super().predict(*args, **kwargs)
+
+    def run_relaxations(self) -> Any:
+        """Relax with averaged weights; see fairchem's trainer."""
+        with self._own_weights_back(), complete_trajectories():
+            return super().run_relaxations()
 
     @contextlib.contextmanager
     def _own_weights_back(self) -> Iterator[None]:
@@ -199,19 +265,29 @@ class ResumableTrainer(EquiformerV2ForcesTrainer):
     ) -> None:
         """Load weights and, unless for inference only, the state of the run.
 
+        For inference only, the weights are their moving average, where the file has one.
+
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it is not a checkpoint that this version reads.
-            RuntimeError: its parameters are not this model's; lists them.
+            ValueError: it is not a checkpoint that this version reads, or its parameters are not this model's
+                (unless ``task.strict_load`` is False); names the first of them.
         """
         if checkpoint is None:
             logging.info(f"Loading checkpoint from: {checkpoint_path}")
             checkpoint = checkpoints.read(checkpoint_path, map_location=self.device)
-        if not inference_only and getattr(self, "scheduler", None) is None:
+        checkpoint = checkpoints.upgraded(checkpoint)
+        model = self._unwrapped_model
+        if (self.config.get("task") or {}).get("strict_load", True):
+            checkpoints.require_fit(checkpoint, model, self.config["model"], str(checkpoint_path))
+        if inference_only:
+            weights = checkpoints.predicting_weights(checkpoint, checkpoints.trained_names(model))
+            checkpoint = {**checkpoint, "state_dict": weights, "ema": None}
+        elif getattr(self, "scheduler", None) is None:
             checkpoint = {**checkpoint, "scheduler": None}
         super().load_checkpoint(checkpoint_path, checkpoint, inference_only)
         self._step_of_weights = self._step_of_file = self.step
         if not inference_only:
+            self._loaded_from, self._loaded_state_of_run = str(checkpoint_path), "optimizer" in checkpoint
             self._catch_up_scheduler()
 
     def _catch_up_scheduler(self) -> None:

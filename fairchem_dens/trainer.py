@@ -23,6 +23,8 @@ from torch import Tensor
 from torch_geometric.data import Data
 
 from fairchem_dens import config, keys, objective, summary
+from fairchem_dens.checkpoints.fine_tuning import KEY as FINE_TUNING
+from fairchem_dens.checkpoints.fine_tuning import FineTuning
 from fairchem_dens.corruption import Corruption, batch_is_corrupted, corrupt
 from fairchem_dens.data.collate import collate
 from fairchem_dens.data.reader import with_our_readers
@@ -77,7 +79,8 @@ class DeNSTrainer(ResumableTrainer):
         config.check_targets(ordinary, given["outputs"] or {})
         if given["optimizer"].get("load_balancing") is not None:
             given["optimizer"].setdefault("load_balancing_on_error", "warn_and_no_balance")
-        given["model"] = self._model_settings(given["model"])
+        self.fine_tuning, model = _without_fine_tuning(given["model"])
+        given["model"] = self._model_settings(model)
 
         self.corruption: Corruption | None = None
         self._in_flight: tuple[Any, _OnHost] | None = None
@@ -208,8 +211,7 @@ class DeNSTrainer(ResumableTrainer):
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it is not a checkpoint that this version reads.
-            RuntimeError: its parameters are not this model's; lists them.
+            ValueError: it is not a checkpoint that this version reads, or not one of this model.
         """
         # fairchem would copy them into those of the YAML, which may be for another number of elements.
         of_settings = dict(self.elementrefs)
@@ -298,6 +300,21 @@ class DeNSTrainer(ResumableTrainer):
         for warning in config.unread_settings(self.config["optim"]):
             logging.warning(warning)
         sample = self._sample()
+        if self.fine_tuning is None:
+            self._check_sample(sample)
+
+    def _fine_tune(self, start: FineTuning) -> None:
+        super()._fine_tune(start)
+        if distutils.is_master():
+            self._check_sample(self._sample())
+
+    def _use_normalizers_of(self, checkpoint: dict[str, Any], file: str) -> None:
+        super()._use_normalizers_of(checkpoint, file)
+        self._reference_guards.clear()
+        self._guard_references(dict.fromkeys(self.elementrefs, f"the checkpoint '{file}'"))
+
+    def _check_sample(self, sample: list[Any]) -> None:
+        """Refuse elements without references; warn of targets that the normalisers were not made for."""
         self._check_elements("train", sample)
         for split in ("val", "test"):
             if self._reference_guards and (dataset := getattr(self, f"{split}_dataset")) is not None:
@@ -454,6 +471,21 @@ class DeNSTrainer(ResumableTrainer):
             **{target: rows(target, batch[target]) for target in self.output_targets},
         )
         return {target: rows(target, value) for target, value in out.items()}, selected
+
+
+def _without_fine_tuning(model: Mapping[str, Any]) -> tuple[FineTuning | None, dict[str, Any]]:
+    """Take ``finetune_config`` out of the settings of a model, except where fairchem reads it."""
+    if not model.get(FINE_TUNING):
+        return None, dict(model)
+    if model.get("name") == "hydra":
+        if "normalizers" in model[FINE_TUNING]:
+            raise ValueError(
+                f"'model.{FINE_TUNING}.normalizers' is not for 'hydra' models: those fairchem itself "
+                "fine-tunes, with the normalisers of the data. Remove it."
+            )
+        return None, dict(model)
+    rest = {key: value for key, value in model.items() if key != FINE_TUNING}
+    return FineTuning.from_config(model[FINE_TUNING]), rest
 
 
 def _register(_worker: int = 0) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import pytest
 import torch
+import yaml
 from hypothesis import HealthCheck, settings
 from torch_geometric.data import Data
 
@@ -64,6 +66,61 @@ def python(tmp_path) -> Callable[..., str]:
     return run
 
 
+class Fairchem:
+    """The `fairchem` command in a folder of its own, where YAMLs, checkpoints, results and logs lie."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def start(
+        self, mode: str, settings: dict[str, Any] | Path, *options: str, name: str = "run"
+    ) -> subprocess.Popen[str]:
+        """Start it on a YAML, or on the dictionary of one, under a name that a later call resumes."""
+        yml = settings
+        if not isinstance(yml, Path):
+            yml = self.folder / f"{name}.yml"
+            yml.write_text(yaml.safe_dump(settings))
+        beside = shutil.which("fairchem", path=str(Path(sys.executable).parent))
+        return subprocess.Popen(
+            [
+                *([beside] if beside else [sys.executable, "-m", "fairchem.core._cli"]),
+                *("--mode", mode, "--config-yml", str(yml), "--cpu", "--run-dir", str(self.folder)),
+                *("--timestamp-id", name, "--print-every", "1", *options),
+            ],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=self.folder,
+            env=os.environ | {"WANDB_MODE": "disabled"},
+        )  # fmt: skip
+
+    def __call__(self, mode: str, settings: dict[str, Any] | Path, *options: str, name: str = "run") -> str:
+        """Run it to its end; returns what it said."""
+        process = self.start(mode, settings, *options, name=name)
+        try:
+            output, _ = process.communicate(timeout=900)
+        finally:
+            process.kill()
+        assert process.returncode == 0, output[-6000:]
+        return output
+
+    def file(self, name: str = "run", file: str = "checkpoint.pt") -> Path:
+        """Path of a checkpoint."""
+        return self.folder / "checkpoints" / name / file
+
+    def checkpoint(self, name: str = "run", file: str = "checkpoint.pt") -> dict[str, Any]:
+        """A checkpoint, loaded as torch 2.6 and later do by default: a file of ours needs nothing more."""
+        return torch.load(self.file(name, file), map_location="cpu", weights_only=True)
+
+    def results(self, name: str = "run", file: str = "s2ef_predictions.npz") -> dict[str, np.ndarray]:
+        """The arrays of a file of results."""
+        with np.load(self.folder / "results" / name / file) as arrays:
+            return dict(arrays)
+
+
+@pytest.fixture
+def fairchem(tmp_path: Path) -> Fairchem:
+    """Runs the `fairchem` command in the test's folder."""
+    return Fairchem(tmp_path)
+
+
 def random_structure(
     seed: int,
     *,
@@ -108,10 +165,12 @@ def structure_fixture() -> Callable[..., Data]:
 def write_lmdb() -> Callable[..., Path]:
     """Writes structures as one LMDB folder of fairchem's."""
 
-    def write(folder: Path, structures: list[Data], *, with_metadata: bool = True) -> Path:
+    def write(
+        folder: Path, structures: list[Data], *, with_metadata: bool = True, labels: bool = True
+    ) -> Path:
         from fairchem_dens.data.lmdb import LmdbWriter
 
-        with LmdbWriter(folder) as writer:
+        with LmdbWriter(folder, labels=labels) as writer:
             for data in structures:
                 writer.add(data)
         if not with_metadata:
@@ -165,9 +224,8 @@ def model_settings() -> dict[str, Any]:
     }
 
 
-@pytest.fixture
-def run_settings(lmdb_folders: dict[str, Path], model_settings: dict[str, Any]) -> dict[str, Any]:
-    """The YAML of a small run with DeNS, as a dictionary that a test may change."""
+def small_run(lmdb_folders: dict[str, Path], model_settings: dict[str, Any]) -> dict[str, Any]:
+    """The YAML of a small run with DeNS, as a dictionary."""
     return {
         "trainer": "fairchem_dens.trainer.DeNSTrainer",
         "logger": "tensorboard",
@@ -221,6 +279,23 @@ def run_settings(lmdb_folders: dict[str, Path], model_settings: dict[str, Any]) 
             "eval_every": 1000,
         },
     }
+
+
+@pytest.fixture
+def run_settings(lmdb_folders: dict[str, Path], model_settings: dict[str, Any]) -> dict[str, Any]:
+    """The YAML of a small run with DeNS, as a dictionary that a test may change."""
+    return small_run(lmdb_folders, model_settings)
+
+
+@pytest.fixture(scope="session")
+def trained(
+    tmp_path_factory: pytest.TempPathFactory, lmdb_folders: dict[str, Path], model_settings: dict[str, Any]
+) -> Path:
+    """The checkpoint that a run as that of `run_settings` leaves, with weights far from their average."""
+    run, settings = Fairchem(tmp_path_factory.mktemp("trained")), small_run(lmdb_folders, model_settings)
+    settings["optim"] |= {"lr_initial": 0.02, "max_epochs": 5}
+    run("train", settings)
+    return run.file()
 
 
 @pytest.fixture

@@ -7,12 +7,8 @@ no effect included. What is not theirs is overridden: sizes, the number of epoch
 from __future__ import annotations
 
 import copy
-import os
 import pickle
 import re
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -330,7 +326,7 @@ def test_linear_references_of_oc22(
 @pytest.mark.usefixtures("installed")
 @each_yaml
 def test_trains_by_the_command(
-    name: str, folders: dict[str, dict[str, str]], references: str, tmp_path: Path
+    name: str, folders: dict[str, dict[str, str]], references: str, tmp_path: Path, fairchem: Any
 ) -> None:
     """`src` is the only thing that the file itself has more than theirs; the rest is on the command line."""
     settings = filled_in(name, folders)
@@ -344,23 +340,8 @@ def test_trains_by_the_command(
         f"--optim.{key}={small['optim'][key]}"
         for key in ("batch_size", "eval_batch_size", "num_workers", "max_epochs")
     ]
-    beside = shutil.which("fairchem", path=str(Path(sys.executable).parent))
-    program = [beside] if beside else [sys.executable, "-m", "fairchem.core._cli"]
-    done = subprocess.run(
-        [
-            *(*program, "--mode", "train", "--config-yml", "theirs.yml", "--cpu", "--run-dir", "runs"),
-            *("--timestamp-id", "theirs", "--print-every", "1", *overrides),
-        ],
-        cwd=tmp_path,
-        env=os.environ | {"WANDB_MODE": "disabled"},
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
-    output = done.stdout + done.stderr
-    assert done.returncode == 0, output[-6000:]
+    output = fairchem("train", tmp_path / "theirs.yml", *overrides)
     losses = [float(loss) for loss in re.findall(r" loss: (\S+?),", output)]
     assert len(losses) >= 4 and np.isfinite(losses).all()
     assert f"probability p = {settings['optim']['denoising_pos_params']['prob']:g}" in output
-    assert (tmp_path / "runs/checkpoints/theirs/checkpoint.pt").is_file()
+    assert fairchem.file().is_file()

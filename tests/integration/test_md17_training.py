@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +16,6 @@ from fairchem_dens.cli.main import main
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 Settings = dict[str, Any]
-
-
-@pytest.fixture
-def fairchem(tmp_path: Path) -> Callable[..., str]:
-    """Runs the `fairchem` command in an empty folder; returns what it said."""
-    beside = shutil.which("fairchem", path=str(Path(sys.executable).parent))
-    program = [beside] if beside else [sys.executable, "-m", "fairchem.core._cli"]
-
-    def run(mode: str, yml: Path, *options: str, timeout: float = 900) -> str:
-        command = [*program, "--mode", mode, "--config-yml", str(yml), "--cpu", "--run-dir", str(tmp_path)]
-        done = subprocess.run(
-            [*command, "--timestamp-id", "run", "--print-every", "1", "--seed", "1", *options],
-            cwd=tmp_path, capture_output=True, text=True, timeout=timeout, check=False,
-        )  # fmt: skip
-        output = done.stdout + done.stderr
-        assert done.returncode == 0, output[-6000:]
-        return output
-
-    return run
 
 
 def make(molecule_name: str, file: Path, out: Path, *sizes: str) -> Path:
@@ -85,9 +62,7 @@ def md17_settings(run_settings: Settings) -> Settings:
 def test_written_yaml_is_included_and_trains(tmp_path: Path, md17_settings: Settings, fairchem) -> None:
     file, _ = synthetic_ethanol(tmp_path / "ethanol.npz")
     out = make("ethanol", file, tmp_path / "set", "--train-size", "8", "--val-size", "4")
-    yml = tmp_path / "run.yml"
-    yml.write_text(yaml.safe_dump({"includes": [str(out / "data.yml")], **md17_settings}))
-    output = fairchem("train", yml)
+    output = fairchem("train", {"includes": [str(out / "data.yml")], **md17_settings})
     assert "step: 2.00e+00" in output and "step: 3.00e+00" not in output
     assert "DeNS corrupts each structure with probability p = 0.25" in output
     assert "is it the normaliser of another data set" not in output and "total energies where" not in output
@@ -131,9 +106,7 @@ def test_loss_falls_on_real_data(
     )
     md17_settings["model"] |= {"num_layers": 2, "sphere_channels": 16, "edge_channels": 16}
     md17_settings["optim"] |= {"batch_size": 8, "max_epochs": 2}
-    yml = tmp_path / "run.yml"
-    yml.write_text(yaml.safe_dump({"includes": [str(out / "data.yml")], **md17_settings}))
-    output = fairchem("train", yml)
+    output = fairchem("train", {"includes": [str(out / "data.yml")], **md17_settings})
     losses = np.array([float(value) for value in re.findall(r"\bloss: (\S+), lr:", output)])
     assert len(losses) == 2 * 119
     first, last = losses[:50].mean(), losses[-50:].mean()

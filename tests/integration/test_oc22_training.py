@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import pickle
 import re
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -14,7 +11,6 @@ from typing import Any
 import lmdb
 import numpy as np
 import pytest
-import yaml
 from torch_geometric.data import Data
 
 from fairchem_dens.cli.main import main
@@ -23,27 +19,6 @@ from fairchem_dens.data.references import padded, read_references
 
 REFERENCES = {1: -3.4, 8: -6.7, 29: -2.7, 46: -3.4}
 """eV, of the elements in the tests' structures."""
-
-
-def fairchem(folder: Path, settings: dict[str, Any], mode: str, *options: str) -> str:
-    (folder / "run.yml").write_text(yaml.safe_dump(settings))
-    beside = shutil.which("fairchem", path=str(Path(sys.executable).parent))
-    done = subprocess.run(
-        [
-            *([beside] if beside else [sys.executable, "-m", "fairchem.core._cli"]),
-            *("--mode", mode, "--config-yml", str(folder / "run.yml"), "--cpu", "--run-dir", str(folder)),
-            *("--timestamp-id", "run", "--print-every", "1", *options),
-        ],
-        capture_output=True, text=True, cwd=folder, timeout=580, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
-    return done.stdout + done.stderr
-
-
-def predicted(folder: Path) -> dict[str, np.ndarray]:
-    (file,) = (folder / "results").rglob("s2ef_predictions.npz")
-    with np.load(file) as arrays:
-        return dict(arrays)
 
 
 def as_oc22(folder: Path, structures: Iterable[Data]) -> tuple[str, dict[str, float]]:
@@ -64,7 +39,7 @@ def as_oc22(folder: Path, structures: Iterable[Data]) -> tuple[str, dict[str, fl
 
 
 def test_synthetic_total_energies(
-    tmp_path: Path, run_settings: dict[str, Any], structure: Callable[..., Data]
+    tmp_path: Path, run_settings: dict[str, Any], structure: Callable[..., Data], fairchem: Any
 ) -> None:
     train, _ = as_oc22(tmp_path / "train", [structure(seed, natoms=6 + seed % 6) for seed in range(8)])
     test, totals = as_oc22(
@@ -87,15 +62,13 @@ def test_synthetic_total_energies(
     run_settings["task"] = {"prediction_dtype": "float32"}
     run_settings["optim"] |= {"max_epochs": 1, "eval_every": 2}
 
-    output = fairchem(tmp_path, run_settings, "train")
+    output = fairchem("train", run_settings)
     assert "step: 2.00e+00" in output
     # On the total energy, of which a model without the references would miss some 30 eV.
     (mae,) = re.findall(r"energy_mae: (\S+?),", output.split("Evaluating on val.")[1])
     assert float(mae) < 1.0
-    fairchem(
-        tmp_path, run_settings, "predict", "--checkpoint", str(tmp_path / "checkpoints/run/checkpoint.pt")
-    )
-    found = predicted(tmp_path)
+    fairchem("predict", run_settings, "--checkpoint", str(fairchem.file()))
+    found = fairchem.results()
     assert found["energy"].dtype == np.float32 and found["forces"].dtype == np.float32
     expected = np.array([totals[str(name)] for name in found["ids"]])
     assert len(expected) == 4 and expected.std() > 1.0 and np.abs(expected).min() > 15
@@ -103,7 +76,9 @@ def test_synthetic_total_energies(
 
 
 @pytest.mark.slow
-def test_real_oxides(tmp_path: Path, run_settings: dict[str, Any], real_data: Callable[[str], Path]) -> None:
+def test_real_oxides(
+    tmp_path: Path, run_settings: dict[str, Any], real_data: Callable[[str], Path], fairchem: Any
+) -> None:
     """Bulk oxides with total energies, measured from the references of OC22, which were fitted to slabs."""
     database, references = real_data("oc22/oxides.db"), real_data("linref/oc22_linfit_coeffs.npz")
     data = tmp_path / "data"
@@ -137,17 +112,15 @@ def test_real_oxides(tmp_path: Path, run_settings: dict[str, Any], real_data: Ca
     run_settings["model"] |= dict.fromkeys(channels, 16) | {"avg_num_nodes": 10.0}
     run_settings["model"] |= {"alpha_drop": 0.0, "drop_path_rate": 0.0}
     run_settings["optim"] |= {"max_epochs": 10, "lr_initial": 0.01, "eval_every": 650}
-    output = fairchem(tmp_path, run_settings, "train")
+    output = fairchem("train", run_settings)
     training, validation = output.split("Evaluating on val.")
     losses = np.array([float(loss) for loss in re.findall(r"\bloss: (\S+?),", training)])
     assert len(losses) == 650
     assert losses[-50:].mean() < 0.6 * losses[:50].mean()
     (val_mae,) = re.findall(r"energy_mae: (\S+?),", validation)
 
-    fairchem(
-        tmp_path, run_settings, "predict", "--checkpoint", str(tmp_path / "checkpoints/run/checkpoint.pt")
-    )
-    found = predicted(tmp_path)
+    fairchem("predict", run_settings, "--checkpoint", str(fairchem.file()))
+    found = fairchem.results()
     structures = {f"{s.sid}_{s.fid}": s for s in read_lmdb(folders["train"])}
     seen = [structures[str(name)] for name in found["ids"]]
     labels, energies = np.array([s.energy for s in seen]), found["energy"].reshape(-1).astype(float)

@@ -1,11 +1,10 @@
-"""Heads, refused settings, checkpoints, weight decay, training and configurations of eSCN + DeNS."""
+"""eSCN: settings, precision, training, configurations, and what it has in common with fairchem's."""
 
 from __future__ import annotations
 
 import copy
 import importlib
 import inspect
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,91 +13,29 @@ import torch
 from fairchem.core.common.registry import registry
 from fairchem.core.common.utils import load_config
 from fairchem.core.models.escn.escn import eSCN
-from torch import Tensor
 from torch_geometric.data import Batch, Data
 
 from fairchem_dens.models import ESCNDeNS
 from fairchem_dens.models.graph import edge_frames
+from model_cases import ESCN, rescaled
+from outputs import assert_close, assert_equal, assert_learns, predict
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RUNS = ("oc20/escn_dens_2M_20ep.yml", "oc20/escn_2M_20ep.yml")
 
-SETTINGS: dict[str, Any] = {
-    "use_pbc": True,
-    "regress_forces": True,
-    "otf_graph": True,
-    "max_neighbors": 12,
-    "cutoff": 6.0,
-    "num_layers": 2,
-    "lmax_list": [2],
-    "mmax_list": [1],
-    "sphere_channels": 8,
-    "hidden_channels": 8,
-    "edge_channels": 8,
-    "num_sphere_samples": 16,
-    "distance_resolution": 0.2,
-}
 OWN = ("force_embedding.", "denoising_pos_block.")
 """Parameters that fairchem's eSCN has no counterpart of."""
 
 
-@pytest.fixture
-def batch(structure: Callable[..., Data]) -> Batch:
-    """Two ordinary structures, of 12 and 7 atoms."""
-    return Batch.from_data_list([structure(0), structure(1, natoms=7)])
-
-
-@pytest.fixture
-def corrupted(batch: Batch) -> Batch:
-    """The first structure corrupted in every other atom, the second an ordinary one; both with all fields."""
-    batch = batch.clone()
-    first = batch.batch == 0
-    batch.noise_mask = first & (torch.arange(len(first)) % 2 == 0)
-    batch.noise_vec = 0.1 * torch.randn(len(first), 3) * batch.noise_mask[:, None]
-    batch.condition_forces = batch.forces * batch.noise_mask[:, None]
-    batch.sigmas = 0.1 * first[:, None]
-    batch.corrupted = torch.tensor([True, False])
-    return batch
-
-
 def build(**changes: Any) -> ESCNDeNS:
     torch.manual_seed(0)
-    return ESCNDeNS(**SETTINGS | changes).eval()
-
-
-def randomised(model: ESCNDeNS) -> ESCNDeNS:
-    """Of the size that learning makes them: signals neither vanish nor explode, biases are not zero."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                scale = parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.1
-                parameter.copy_(scale * torch.randn_like(parameter))
-    return model
-
-
-def predict(model: torch.nn.Module, data: Data) -> dict[str, Tensor]:
-    # The stock model switches gradients on by itself.
-    with torch.no_grad():
-        return {name: value.detach() for name, value in model(data).items()}
-
-
-def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-    assert set(one) == set(other)
-    for name in one:
-        assert torch.equal(one[name], other[name]), name
-
-
-def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
-    """To within ``tolerance`` of the largest output."""
-    for name in expected:
-        scale = float(expected[name].abs().max())
-        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=tolerance * scale, msg=name)
+    return ESCNDeNS(**ESCN | changes).eval()
 
 
 @pytest.fixture(scope="module")
 def model() -> ESCNDeNS:
     """In evaluation mode; a test that changes anything about it makes its own."""
-    return randomised(build())
+    return rescaled(build())
 
 
 def test_is_found_by_its_registered_and_its_dotted_name() -> None:
@@ -107,111 +44,14 @@ def test_is_found_by_its_registered_and_its_dotted_name() -> None:
         assert registry.get_model_class(name) is ESCNDeNS
 
 
-class TestOutputs:
-    def test_shapes(self, model, corrupted):
-        shapes = {name: tuple(value.shape) for name, value in predict(model, corrupted).items()}
-        assert shapes == {"energy": (2,), "forces": (19, 3), "noise": (19, 3)}
-
-    def test_noise_head_costs_nothing_in_plain_inference(self, model, batch, corrupted):
-        calls: list[str] = []
-        handle = model.denoising_pos_block.register_forward_hook(lambda *_: calls.append("called"))
-        try:
-            assert set(predict(model, batch)) == {"energy", "forces"}
-            assert not calls
-            predict(model, corrupted)
-            assert calls == ["called"]
-        finally:
-            handle.remove()
-
-    def test_noise_in_training_also_without_conditioning(self, batch):
-        assert set(build().train()(batch)) == {"energy", "forces", "noise"}
-
-    def test_noise_has_its_own_head(self, model, corrupted):
-        before = predict(model, corrupted)
-        assert not torch.equal(before["noise"], before["forces"])
-        doubled = copy.deepcopy(model)
-        with torch.no_grad():
-            doubled.denoising_pos_block.fc3.weight.mul_(2)
-        after = predict(doubled, corrupted)
-        assert torch.equal(after["forces"], before["forces"])
-        assert torch.equal(after["energy"], before["energy"])
-        torch.testing.assert_close(after["noise"], 2 * before["noise"])
-
-    @pytest.mark.parametrize("training", [False, True])
-    def test_predict_noise_false_keeps_the_head_unused(self, corrupted, training):
-        model = build(predict_noise=False).train(training)
-        outputs = model(corrupted)
-        assert set(outputs) == {"energy", "forces"}
-        sum(value.sum() for value in outputs.values()).backward()
-        assert set(model.state_dict()) == set(build().state_dict())
-        assert not any(one.requires_grad for one in model.denoising_pos_block.parameters())
-
-    def test_energy_alone(self, corrupted):
-        model = build(regress_forces=False).train()
-        outputs = model(corrupted)
-        assert set(outputs) == {"energy"}
-        assert not any("force_block" in name or "denoising" in name for name in model.state_dict())
-
-    def test_labels_are_never_read(self, model, corrupted):
-        expected = predict(model, corrupted)
-        corrupted.forces, corrupted.energy = 100 * corrupted.forces, 100 * corrupted.energy
-        corrupted.noise_vec, corrupted.noise_mask = 100 * corrupted.noise_vec, ~corrupted.noise_mask
-        assert_equal(predict(model, corrupted), expected)
-
-
-class TestConditioning:
-    def test_is_seen(self, model, corrupted):
-        expected = predict(model, corrupted)
-        corrupted.condition_forces = 2 * corrupted.condition_forces
-        found = predict(model, corrupted)
-        scale = expected["noise"].abs().max()
-        assert (found["noise"][:12] - expected["noise"][:12]).abs().max() > 1e-2 * scale
-        assert torch.equal(found["noise"][12:], expected["noise"][12:])
-
-    def test_of_zero_is_none(self, model, batch):
-        zero = batch.clone()
-        zero.condition_forces = torch.zeros_like(batch.forces)
-        found = predict(model, zero)
-        assert torch.isfinite(found.pop("noise")).all()
-        assert_equal(found, predict(model, batch))
-
-    def test_is_hidden_without_force_encoding(self, batch, corrupted):
-        model = randomised(build(use_force_encoding=False))
-        outputs = predict(model, corrupted)
-        others = corrupted.clone()
-        others.condition_forces = torch.randn_like(others.forces)
-        assert_equal(predict(model, others), outputs)
-        del outputs["noise"]
-        assert_equal(outputs, predict(model, batch))
-
-    def test_bias_is_there_in_every_mode(self, model, batch, corrupted):
-        """It has the same effect as that much more atom embedding, whatever is conditioned."""
-        folded, without = copy.deepcopy(model), copy.deepcopy(model)
-        with torch.no_grad():
-            folded.sphere_embedding.weight += folded.force_embedding.bias
-            folded.force_embedding.bias.zero_()
-            without.force_embedding.bias.zero_()
-        everything = corrupted.clone()
-        everything.condition_forces = everything.forces
-        for data in (batch, corrupted, everything):
-            expected = predict(model, data)
-            # Single precision, through sums over 16 points that cancel.
-            assert_close(predict(folded, data), expected, tolerance=1e-4)
-            difference = predict(without, data)["energy"] - expected["energy"]
-            assert difference.abs().max() > 1e-2 * expected["energy"].abs().max()
-
-    def test_starts_small(self):
-        """As the paper's code, which follows eSCN's embeddings of the atoms of an edge."""
-        embedding = build(lmax_list=[6], sphere_channels=64).force_embedding
-        assert 0.0009 < embedding.weight.abs().max() <= 0.001
-        assert (embedding.bias == 0).all()
+def test_force_embedding_starts_small():
+    """As the paper's code, which follows eSCN's embeddings of the atoms of an edge."""
+    embedding = build(lmax_list=[6], sphere_channels=64).force_embedding
+    assert 0.0009 < embedding.weight.abs().max() <= 0.001
+    assert (embedding.bias == 0).all()
 
 
 class TestSettings:
-    def test_typo_is_refused_with_the_nearest_argument(self):
-        with pytest.raises(ValueError, match=r"model\.num_layer'.*'num_layers'"):
-            build(num_layer=3)
-
     @pytest.mark.parametrize(
         ("name", "value"),
         [("distance_function", "bessel"), ("use_grid", False), ("resolution", 4), ("resolution", 7)],
@@ -250,17 +90,7 @@ class TestSettings:
     @pytest.mark.parametrize("kind", ["ordinary", "corrupted"])
     def test_supported_variants_predict_and_learn(self, batch, corrupted, kind, changes):
         """Distributed training waits for the gradient of each parameter."""
-        model = build(**changes).train()
-        outputs = model(batch if kind == "ordinary" else corrupted)
-        sum(value.square().sum() for value in outputs.values()).backward()
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
-
-    def test_force_embedding_learns_all_degrees_from_conditioned_batches(self, corrupted):
-        model = build().train()
-        model(corrupted)["noise"].square().sum().backward()
-        assert (model.force_embedding.weight.grad.abs().amax(dim=(1, 2)) > 0).all()
+        assert_learns(build(**changes).train(), batch if kind == "ordinary" else corrupted)
 
     def test_takes_the_arguments_of_the_stock_model_with_their_defaults(self):
         ours, stock = (inspect.signature(one).parameters for one in (ESCNDeNS, eSCN))
@@ -274,35 +104,12 @@ class TestSettings:
         model.lmax_list[0] = 5
         assert lists == {"lmax_list": [2], "mmax_list": [1]}
 
-    def test_unknown_element_is_refused(self, model, batch):
-        batch.atomic_numbers[15] = 90
-        with pytest.raises(ValueError, match=r"90 of structure 1.*'model\.max_num_elements'"):
-            predict(model, batch)
-
-
-class TestStateDict:
-    def test_holds_parameters_only(self, model):
-        assert list(model.state_dict()) == [name for name, _ in model.named_parameters()]
-        assert model.num_params == sum(value.numel() for value in model.state_dict().values())
-
-    def test_round_trip(self, model, corrupted):
-        other = build()
-        assert not torch.equal(predict(other, corrupted)["energy"], predict(model, corrupted)["energy"])
-        other.load_state_dict(model.state_dict(), strict=True)
-        assert_equal(predict(other, corrupted), predict(model, corrupted))
-
-    def test_copies_and_pickles(self, model, corrupted, tmp_path):
-        torch.save(model, tmp_path / "model.pt")
-        for other in (copy.deepcopy(model), torch.load(tmp_path / "model.pt", weights_only=False)):
-            assert_equal(predict(other, corrupted), predict(model, corrupted))
-            assert list(other.state_dict()) == list(model.state_dict())
-
 
 @pytest.fixture(scope="module")
 def stock() -> eSCN:
     """fairchem's own model, without DeNS, of the same arguments."""
     torch.manual_seed(3)
-    return randomised(eSCN(**SETTINGS).eval())
+    return rescaled(eSCN(**ESCN).eval())
 
 
 class TestStockModel:
@@ -356,7 +163,7 @@ def test_neighbours_as_far_as_the_last_one_are_kept_unless_strictly_limited():
     changes: dict[str, Any] = {"cutoff": 3.5, "distance_resolution": 0.1}
     energies = {}
     for limit, strict in ((4, True), (4, False), (6, True)):
-        limited = randomised(build(max_neighbors=limit, enforce_max_neighbors_strictly=strict, **changes))
+        limited = rescaled(build(max_neighbors=limit, enforce_max_neighbors_strictly=strict, **changes))
         energies[limit, strict] = predict(limited, Batch.from_data_list([lattice]))["energy"].item()
     assert energies[4, False] == energies[6, True] != energies[4, True]
 
@@ -385,7 +192,7 @@ class TestMixedPrecision:
 @pytest.fixture
 def escn_settings(run_settings: dict[str, Any]) -> dict[str, Any]:
     """A small run of eSCN, with the schedule of the paper's."""
-    run_settings["model"] = {"name": "fairchem_dens.models.ESCNDeNS", **copy.deepcopy(SETTINGS)}
+    run_settings["model"] = {"name": "fairchem_dens.models.ESCNDeNS", **copy.deepcopy(ESCN)}
     schedule = load_config(str(CONFIGS / RUNS[0]))[0]["optim"]["scheduler_params"]
     run_settings["optim"] |= {"scheduler_params": schedule, "optimizer_params": {"amsgrad": True}}
     return run_settings
