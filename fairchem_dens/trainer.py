@@ -25,6 +25,7 @@ from torch_geometric.data import Data
 from fairchem_dens import config, keys, objective, summary
 from fairchem_dens.corruption import Corruption, batch_is_corrupted, corrupt
 from fairchem_dens.data.collate import collate
+from fairchem_dens.data.labels import check_labels_agree
 from fairchem_dens.data.reader import with_our_readers
 from fairchem_dens.data.references import ReferenceGuard, check_settings, origins
 from fairchem_dens.models.inputs import check_atomic_numbers
@@ -135,6 +136,7 @@ class DeNSTrainer(ResumableTrainer):
                 settings.get("transforms"), vars(fairchem_transforms), f"dataset.{name}.transforms"
             )
         config.check_sources({name: {**inherited, **settings} for name, settings in splits.items()})
+        check_labels_agree(splits)
         self._load_with_our_readers()
         if self.train_dataset is not None:
             self._arm_corruption()

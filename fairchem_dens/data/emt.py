@@ -35,13 +35,13 @@ from ase.optimize import BFGS
 from tqdm import tqdm
 
 from fairchem_dens.data.folder import write_text
+from fairchem_dens.data.labels import SUMMARY_FILE
 from fairchem_dens.data.processes import worker_pool
 from fairchem_dens.randomness import generator
 
 SPLITS = ("train", "val", "test")
 METALS = ("Al", "Ni", "Cu", "Pd", "Ag", "Pt", "Au")
 ADSORBATES = ("H", "C", "N", "O", "OH", "CH", "NH", "CO", "N2", "CH2", "NH2", "H2O")
-SUMMARY_FILE = "summary.json"
 
 _VACUUM = 6.0  # Å on either side of the slab
 _CHOSEN_ALONG_RELAXATION = 0.5  # share of the frames; the rest is from molecular dynamics

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from fairchem_dens import keys
 from fairchem_dens.data.folder import refuse_existing, write_text, written_aside
+from fairchem_dens.data.labels import SUMMARY_FILE
 from fairchem_dens.data.lmdb import LmdbWriter, data_from_atoms
 from fairchem_dens.data.md17_file import MOLECULES, Labels, Trajectory, download, read_npz
 from fairchem_dens.data.settings_file import (
@@ -40,7 +41,6 @@ from fairchem_dens.validation import nearest
 
 MOST_TRAIN_FRAMES: Final = 1000
 """The publishers of MD17 advise against training on more: frames of one trajectory are alike."""
-SUMMARY_FILE: Final = "summary.json"
 
 
 def make_md17(

@@ -24,6 +24,7 @@ from fairchem_dens.data.from_ase.report import summarise
 from fairchem_dens.data.from_ase.settings import Settings
 from fairchem_dens.data.from_ase.sources import find_sources
 from fairchem_dens.data.from_ase.systems import SPLITS
+from fairchem_dens.data.labels import SUMMARY_FILE
 from fairchem_dens.data.lmdb import LmdbWriter, data_from_atoms
 from fairchem_dens.data.processes import worker_pool
 from fairchem_dens.data.references import write_references
@@ -34,7 +35,6 @@ from fairchem_dens.data.settings_file import (
     write_settings,
 )
 
-SUMMARY_FILE = "summary.json"
 SYSTEMS_FILE = "systems.json"
 _PARTS = "parts"
 
@@ -205,7 +205,8 @@ def _header(out: Path, summary: dict[str, Any]) -> str:
         f"{out.name}: frames {frames}. Made by `fairchem-dens data from-ase`; see {SUMMARY_FILE}.\n"
         f"Energies (eV): {summary['energy']['says']}.\n"
         "Normalisers are those of train: of the energies, less the references if there are any, mean and\n"
-        "root mean square deviation; of the forces (eV/Å), root mean square component on free atoms."
+        "root mean square deviation; of the forces (eV/Å), root mean square component on free atoms.\n"
+        "Where test is named, fairchem predicts all of it in training each time the validation error falls."
     )
 
 
