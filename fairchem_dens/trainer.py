@@ -195,11 +195,16 @@ class DeNSTrainer(ResumableTrainer):
         """Load or fit both; elements that the references say nothing about are refused from here on.
 
         Raises:
-            ValueError: a file of references is not one.
+            ValueError: a file of references is not one, or the model adds references of its own.
         """
         where = "dataset.train.transforms.element_references"
         settings = (self.config["dataset"].get("transforms") or {}).get("element_references")
         check_settings(settings, where)
+        if settings and self.config["model"].get("use_energy_lin_ref"):
+            raise ValueError(
+                f"'model.use_energy_lin_ref: True' and '{where}' would each add references to the energies: "
+                "keep the second, and set 'use_energy_lin_ref' to False."
+            )
         super().load_references_and_normalizers()
         self._guard_references(origins(settings, where))
 
