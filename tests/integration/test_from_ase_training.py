@@ -22,12 +22,12 @@ from fairchem_dens.cli.main import main
 from fairchem_dens.data.lmdb import read_lmdb
 
 
-def fairchem(folder: Path, mode: str, *options: str) -> str:
+def fairchem(folder: Path, mode: str, *options: str, config: str = "run.yml") -> str:
     beside = shutil.which("fairchem", path=str(Path(sys.executable).parent))
     done = subprocess.run(
         [
             *([beside] if beside else [sys.executable, "-m", "fairchem.core._cli"]),
-            *("--mode", mode, "--config-yml", str(folder / "run.yml"), "--cpu", "--run-dir", str(folder)),
+            *("--mode", mode, "--config-yml", str(folder / config), "--cpu", "--run-dir", str(folder)),
             *("--timestamp-id", "run", "--print-every", "1", *options),
         ],
         capture_output=True, text=True, cwd=folder, timeout=580, check=False,
@@ -83,6 +83,16 @@ def test_relaxations_train(relaxations, tmp_path, run_settings):
     # The trainer looks at a sample of the targets and complains where a normaliser does not fit.
     assert "rmsd" not in output.split("DeNS corrupts")[1].split("step: ")[0]
     assert (tmp_path / "checkpoints" / "run" / "checkpoint.pt").is_file()
+
+
+def test_two_commands(relaxations, tmp_path):
+    """From files to a run: what the first command writes is all that the second needs."""
+    convert(tmp_path, relaxations / "*.traj", "--val", 1)
+    smaller = ["--model.num_layers=1", "--model.sphere_channels=8", "--model.ffn_hidden_channels=8"]
+    smaller += ["--model.lmax_list=[2]", "--model.grid_resolution=8", "--optim.max_epochs=1"]
+    output = fairchem(tmp_path, "train", *smaller, "--optim.num_workers=0", config="data/train.yml")
+    assert len(losses(output)) == 3 and np.isfinite(losses(output)).all()
+    assert "DeNS corrupts each structure with probability p = 0.5" in output
 
 
 @pytest.mark.slow

@@ -24,6 +24,7 @@ from fairchem_dens.data.from_ase.report import summarise
 from fairchem_dens.data.from_ase.settings import Settings
 from fairchem_dens.data.from_ase.sources import find_sources
 from fairchem_dens.data.from_ase.systems import SPLITS
+from fairchem_dens.data.from_ase.training import TRAINING_FILE, write_training
 from fairchem_dens.data.labels import SUMMARY_FILE
 from fairchem_dens.data.lmdb import LmdbWriter, data_from_atoms
 from fairchem_dens.data.processes import worker_pool
@@ -36,6 +37,13 @@ from fairchem_dens.data.settings_file import (
 )
 
 SYSTEMS_FILE = "systems.json"
+_TRAINING_HEADER = """\
+EquiformerV2 with DeNS on {folder}.
+The settings are the paper's for OC20, where the learning rate 0.0002 belongs to 64 structures a step on all
+GPUs together. Set depth, batch, learning rate and epochs to your data.
+
+    fairchem --mode train --config-yml {folder}/train.yml --run-dir runs
+"""
 _PARTS = "parts"
 
 
@@ -55,9 +63,9 @@ def from_ase(
 
     Args:
         patterns: files, folders and globs.
-        out: gets ``train``, ``val`` and ``test`` as LMDB folders, ``data.yml`` to include, the normalisers
-            and references as files, ``systems.json`` and ``summary.json``. None reads everything and writes
-            nothing.
+        out: gets ``train``, ``val`` and ``test`` as LMDB folders, ``data.yml`` to include, ``train.yml`` to
+            train with, the normalisers and references as files, ``systems.json`` and ``summary.json``. None
+            reads everything and writes nothing.
         settings: what to read, to keep and to write.
         workers: processes that read; None takes one for each of up to four cores.
         overwrite: replace ``out`` if it exists.
@@ -195,6 +203,7 @@ def _write_surroundings(folder: Path, out: Path, plan: Plan, summary: dict[str, 
     # Half precision, fairchem's default, does not hold energies of hundreds of eV.
     settings["task"] = {"prediction_dtype": "float32"}
     write_settings(folder / SETTINGS_FILE, settings, _header(out, summary))
+    write_training(folder / TRAINING_FILE, out / SETTINGS_FILE, _TRAINING_HEADER.format(folder=out))
     write_text(folder / SYSTEMS_FILE, _json(_systems(plan)))
     write_text(folder / SUMMARY_FILE, _json(summary))
 
