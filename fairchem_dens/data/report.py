@@ -21,7 +21,7 @@ from fairchem_dens.data.settings_file import Scale, dataset_settings
 from fairchem_dens.data.statistics import Statistics
 
 WIDTH = 80
-_LABEL = 15
+_LABEL = 20
 
 
 def describe(inspection: Inspection, *, shown: int | None = 20) -> str:
