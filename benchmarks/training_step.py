@@ -31,10 +31,10 @@ from torch_geometric.data import Batch
 from tqdm import tqdm
 
 from fairchem_dens import keys, objective
-from fairchem_dens.cli.configs import configs_folder
 from fairchem_dens.corruption import Corruption, corrupt
 from fairchem_dens.data.lmdb import data_from_atoms
 from fairchem_dens.models import EquiformerV2DeNS
+from fairchem_dens.shipped import configs_folder
 
 CONFIG = "oc20/equiformer_v2_dens_2M_12ep.yml"
 PRECISIONS = ("fp32", "tf32", "fp16", "bf16")

@@ -396,6 +396,7 @@ def _files(settings: Mapping[str, Any], where: str) -> Iterator[tuple[str, str]]
     """Yield YAML key and path of each single file that a split names, other than its references."""
     normalizers = (settings.get("transforms") or {}).get("normalizer") or {}
     place = f"{where}.transforms.normalizer"
+    require_mapping(normalizers, place)
     if isinstance(normalizers.get("file"), str):
         yield f"{place}.file", normalizers["file"]
     for target, entry in normalizers.items():

@@ -117,7 +117,7 @@ def target_warnings(name: str, seen: Target, mean: float, rmsd: float) -> list[s
             )
     if name == keys.ENERGY and abs(seen.mean - mean) > 3 * max(rmsd, seen.rmsd):
         warnings.append(
-            f"The energies of {seen.count} sampled structures have the mean {seen.mean:.4g} eV, '{where}' "
+            f"The energies of {seen.count} sampled structures have the mean {seen.mean:.4g}, '{where}' "
             f"says {mean:.4g}: total energies "
             "where referenced ones are expected, or the normaliser of another data set?"
         )

@@ -27,6 +27,7 @@ from fairchem_dens.checkpoints.fine_tuning import KEY as FINE_TUNING
 from fairchem_dens.checkpoints.fine_tuning import FineTuning
 from fairchem_dens.corruption import Corruption, batch_is_corrupted, corrupt
 from fairchem_dens.data.collate import collate
+from fairchem_dens.data.labels import check_labels_agree
 from fairchem_dens.data.reader import with_our_readers
 from fairchem_dens.data.references import ReferenceGuard, check_settings, origins
 from fairchem_dens.models.inputs import check_atomic_numbers
@@ -138,6 +139,7 @@ class DeNSTrainer(ResumableTrainer):
                 settings.get("transforms"), vars(fairchem_transforms), f"dataset.{name}.transforms"
             )
         config.check_sources({name: {**inherited, **settings} for name, settings in splits.items()})
+        check_labels_agree(splits)
         self._load_with_our_readers()
         if self.train_dataset is not None:
             self._arm_corruption()
@@ -196,11 +198,16 @@ class DeNSTrainer(ResumableTrainer):
         """Load or fit both; elements that the references say nothing about are refused from here on.
 
         Raises:
-            ValueError: a file of references is not one.
+            ValueError: a file of references is not one, or the model adds references of its own.
         """
         where = "dataset.train.transforms.element_references"
         settings = (self.config["dataset"].get("transforms") or {}).get("element_references")
         check_settings(settings, where)
+        if settings and self.config["model"].get("use_energy_lin_ref"):
+            raise ValueError(
+                f"'model.use_energy_lin_ref: True' and '{where}' would each add references to the energies: "
+                "keep the second, and set 'use_energy_lin_ref' to False."
+            )
         super().load_references_and_normalizers()
         self._guard_references(origins(settings, where))
 

@@ -10,12 +10,10 @@ from pathlib import Path
 
 import yaml
 
-import fairchem_dens
+from fairchem_dens.shipped import config_names, configs_folder, run_names
 
 MAP = "README.md"
 """The file beside the configurations that explains them; copied with all of them."""
-_PARTS = ("includes/", "demo/base.yml")
-"""Configurations that are no runs: others include them."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,30 +53,6 @@ def run(args: argparse.Namespace) -> int:
         for path in copy_configs(args.names, args.destination, force=args.force):
             print(path)
     return 0
-
-
-def configs_folder() -> Path:
-    """Returns the folder of the configurations: inside the installed package, or beside it in a checkout.
-
-    Raises:
-        FileNotFoundError: If there is none.
-    """
-    package = Path(fairchem_dens.__file__).parent
-    for folder in (package / "configs", package.parent / "configs"):
-        if folder.is_dir():
-            return folder
-    raise FileNotFoundError(f"no configs folder in {package} nor beside it: reinstall fairchem_dens.")
-
-
-def config_names() -> list[str]:
-    """Returns the shipped configurations, as paths below `configs_folder()`, sorted."""
-    folder = configs_folder()
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.yml"))
-
-
-def run_names() -> list[str]:
-    """Returns those of `config_names()` that are runs, not parts of others."""
-    return [name for name in config_names() if not name.startswith(_PARTS)]
 
 
 def summary(path: Path) -> str:

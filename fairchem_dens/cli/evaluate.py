@@ -106,9 +106,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _scored(args: argparse.Namespace) -> Scorecard:
+    from fairchem_dens.data.labels import UNITS
     from fairchem_dens.evaluation import is2re, metrics, paper, s2ef
     from fairchem_dens.evaluation.scorecard import Scorecard
-    from fairchem_dens.evaluation.splits import UNITS, find_splits
+    from fairchem_dens.evaluation.splits import find_splits
     from fairchem_dens.inference import trainer_of
 
     if args.unit is not None and args.unit not in UNITS:

@@ -15,7 +15,6 @@ frame shares its slab with a training frame.
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -32,16 +31,16 @@ from ase.constraints import FixAtoms
 from ase.data import atomic_numbers, covalent_radii, reference_states
 from ase.md.langevin import Langevin
 from ase.optimize import BFGS
-from tqdm import tqdm
 
 from fairchem_dens.data.folder import write_text
+from fairchem_dens.data.labels import SUMMARY_FILE
 from fairchem_dens.data.processes import worker_pool
+from fairchem_dens.progress import progress_bar
 from fairchem_dens.randomness import generator
 
 SPLITS = ("train", "val", "test")
 METALS = ("Al", "Ni", "Cu", "Pd", "Ag", "Pt", "Au")
 ADSORBATES = ("H", "C", "N", "O", "OH", "CH", "NH", "CO", "N2", "CH2", "NH2", "H2O")
-SUMMARY_FILE = "summary.json"
 
 _VACUUM = 6.0  # Å on either side of the slab
 _CHOSEN_ALONG_RELAXATION = 0.5  # share of the frames; the rest is from molecular dynamics
@@ -362,14 +361,7 @@ def generate(
         for split in SPLITS:
             sids = settings.sids(split)
             systems = pool.map(simulate_system, sids, [settings] * len(sids))
-            bar = tqdm(
-                systems,
-                total=len(sids),
-                desc=f"  {split:5}",
-                unit="system",
-                disable=not progress,
-                mininterval=0.1 if sys.stderr.isatty() else 10.0,  # a log file wants no animation
-            )
+            bar = progress_bar(systems, shown=progress, total=len(sids), desc=f"  {split:5}", unit="system")
             splits[split] = _write_split(folder / split, bar)
     summary = {
         "settings": asdict(settings),

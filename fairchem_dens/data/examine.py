@@ -287,8 +287,8 @@ def close_pairs(pos: np.ndarray, cell: np.ndarray | None, cutoff: float) -> tupl
     inverse = np.linalg.inv(complete)
     heights = 1 / np.linalg.norm(inverse, axis=0)
     fractional = pos @ inverse
-    fractional[:, periodic] %= 1.0
-    fractional[:, periodic] %= 1.0  # -1e-17 becomes 1.0 the first time, which a tree refuses
+    # Twice: -1e-17 becomes 1.0 the first time, which a tree refuses.
+    fractional = np.where(periodic, fractional % 1.0 % 1.0, fractional)
     tree = cKDTree(fractional * heights, boxsize=np.where(periodic, heights, 0.0))
     pairs = tree.query_pairs(cutoff, p=np.inf, output_type="ndarray")
     difference = fractional[pairs[:, 0]] - fractional[pairs[:, 1]]

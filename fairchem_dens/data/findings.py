@@ -38,7 +38,7 @@ def findings(inspection: Inspection, place_of: Locate) -> list[Finding]:
         _duplicates(inspection, place_of),
         _molecular_dynamics(inspection.source),
         _settings(inspection),
-        _largest_forces(statistics, place_of),
+        _largest_forces(inspection, place_of),
     ]
     return [finding for group in groups for finding in group]
 
@@ -184,7 +184,10 @@ def _targets(statistics: Statistics, coefficients: np.ndarray | None) -> dict[st
     return seen
 
 
-def _largest_forces(statistics: Statistics, place_of: Locate) -> Iterator[Finding]:
+def _largest_forces(inspection: Inspection, place_of: Locate) -> Iterator[Finding]:
+    statistics = inspection.statistics
+    if inspection.source.labels.unit != "eV":
+        return  # what is large, is known in eV
     if statistics.large_forces > _MANY * statistics.force_structures:
         yield Finding(
             False, f"forces are above {LARGE_FORCE:g} eV/Å in {statistics.large_forces} structures: if they "

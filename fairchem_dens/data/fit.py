@@ -62,8 +62,10 @@ def fit_and_write(inspection: Inspection, out: str | Path, *, references: str = 
         settings["dataset"]["train"] |= {"format": source.format, "src": str(Path(source.name).absolute())}
         mapping = needed_key_mapping(statistics)
         settings["dataset"]["train"] |= {"key_mapping": mapping} if mapping else {}
+    unit = source.labels.unit
     header = (
-        f"Normalisers of {source.name}, {statistics.read} of {inspection.total} structures (eV, eV/Å).\n"
+        f"Normalisers of {source.name}, {statistics.read} of {inspection.total} structures "
+        f"({unit}, {unit}/Å).\n"
         f"Energies less {_REFERENCES.get(references, f'the references of {references}')}: mean and root mean "
         "square deviation.\nForces: root mean square of the components on free atoms; OC20's own convention "
         f"divides them by the spread of energies, {energy.rmsd}."
@@ -111,7 +113,7 @@ def _said(
         elements = len(statistics.elements)
         lines.append(
             f"{elements} references fitted to {statistics.fit.count} energies: they spread by "
-            f"{np.std(statistics.energies):.6g} eV before and {rmsd:.6g} eV after."
+            f"{np.std(statistics.energies):.6g} before and {rmsd:.6g} after (in units of the energies)."
         )
         if statistics.fit.rank < elements:
             lines.append(

@@ -26,12 +26,12 @@ def draw(file: str | Path, inspections: Sequence[Inspection]) -> None:
     FigureCanvasAgg(figure)  # no display is needed
     rows = figure.subplots(len(inspections), 4, squeeze=False)
     for axes, inspection in zip(rows, inspections, strict=True):
-        statistics = inspection.statistics
+        statistics, unit = inspection.statistics, inspection.source.labels.unit
         axes[0].set_ylabel(f"{inspection.source.name[-40:]}\nstructures")
         _bars(axes[0], np.array(statistics.natoms), "atoms per structure")
-        _bars(axes[1], np.array(statistics.energies), "energy, eV")
+        _bars(axes[1], np.array(statistics.energies), f"energy, {unit}")
         axes[2].stairs(statistics.force_histogram, FORCE_BINS, fill=True)
-        axes[2].set(xscale="log", xlabel="force norm on free atoms, eV/Å", ylabel="atoms")
+        axes[2].set(xscale="log", xlabel=f"force norm on free atoms, {unit}/Å", ylabel="atoms")
         elements = statistics.elements
         axes[3].bar([symbol(number) for number in elements], statistics.element_atoms[elements])
         axes[3].set(yscale="log" if elements else "linear", ylabel="atoms")

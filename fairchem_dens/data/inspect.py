@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from fairchem_dens.data.examine import examine
 from fairchem_dens.data.findings import Locate, findings
@@ -19,6 +18,7 @@ from fairchem_dens.data.inspection import Finding, Inspection, Record
 from fairchem_dens.data.processes import worker_pool
 from fairchem_dens.data.source import Source, file_lengths, forget_opened, open_part
 from fairchem_dens.data.statistics import Statistics
+from fairchem_dens.progress import progress_bar
 
 _STRUCTURES_PER_TASK = 250
 _PLACE = re.compile(r"^Record \d+ of '.*?' \(.*?\) ")
@@ -64,9 +64,8 @@ def inspect(
     inspection.total = sum(part.count for part in parts)
     tasks = list(_tasks(source, parts, _spread(inspection.total, sample)))
     statistics = inspection.statistics
-    with tqdm(
-        total=sum(len(task[-1]) for task in tasks), desc="  reading", unit=" structures", disable=not progress
-    ) as bar:
+    total = sum(len(task[-1]) for task in tasks)
+    with progress_bar(total=total, shown=progress, desc="  reading", unit="structure") as bar:
         for tally in _tallies(tasks, workers):
             statistics.merge(tally)
             bar.update(tally.read)

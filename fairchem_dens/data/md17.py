@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from pathlib import Path
 from typing import Any, Final, get_args
 
@@ -23,10 +22,10 @@ import numpy as np
 import torch
 from ase import Atoms
 from torch_geometric.data import Data
-from tqdm import tqdm
 
 from fairchem_dens import keys
 from fairchem_dens.data.folder import refuse_existing, write_text, written_aside
+from fairchem_dens.data.labels import SUMMARY_FILE
 from fairchem_dens.data.lmdb import LmdbWriter, data_from_atoms
 from fairchem_dens.data.md17_file import MOLECULES, Labels, Trajectory, download, read_npz
 from fairchem_dens.data.settings_file import (
@@ -36,11 +35,11 @@ from fairchem_dens.data.settings_file import (
     write_normalizers,
     write_settings,
 )
+from fairchem_dens.progress import progress_bar
 from fairchem_dens.validation import nearest
 
 MOST_TRAIN_FRAMES: Final = 1000
 """The publishers of MD17 advise against training on more: frames of one trajectory are alike."""
-SUMMARY_FILE: Final = "summary.json"
 
 
 def make_md17(
@@ -125,13 +124,7 @@ def make_md17(
     }
     with written_aside(out, overwrite=overwrite) as folder:
         for name, frames in splits.items():
-            bar = tqdm(
-                frames.tolist(),
-                desc=f"  {name:5}",
-                unit="frame",
-                disable=not progress,
-                mininterval=0.1 if sys.stderr.isatty() else 10.0,  # a log file wants no animation
-            )
+            bar = progress_bar(frames.tolist(), shown=progress, desc=f"  {name:5}", unit="frame")
             with LmdbWriter(folder / name) as writer:
                 for frame in bar:
                     writer.add(_structure(molecule, trajectory, frame, offset))

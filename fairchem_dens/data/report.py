@@ -21,7 +21,7 @@ from fairchem_dens.data.settings_file import Scale, dataset_settings
 from fairchem_dens.data.statistics import Statistics
 
 WIDTH = 80
-_LABEL = 15
+_LABEL = 20
 
 
 def describe(inspection: Inspection, *, shown: int | None = 20) -> str:
@@ -114,21 +114,24 @@ def _facts(inspection: Inspection) -> Iterator[tuple[str, str]]:
     yield "periodicity", _counted({_axes(axes): count for axes, count in statistics.pbc.items()})
     yield "cells", _counted(statistics.cells)
     yield "MD frames", _counted({_MD[flag]: count for flag, count in statistics.md.items()})
+    labels = inspection.source.labels
+    if labels.kind is not None:
+        yield "labels", labels.kind
     if statistics.energies:
         energies = np.array(statistics.energies)
         yield (
-            "energy, eV",
+            f"energy, {labels.unit}",
             (
                 f"mean {energies.mean():.6g}, std {energies.std():.4g}, from {energies.min():.6g} to "
                 f"{energies.max():.6g}"
             ),
         )
-        kind, reason = guess_energies(statistics)
+        kind, reason = guess_energies(statistics, labels)
         yield "", f"a guess: {_KINDS[kind]} ({reason})"
     if statistics.force_atoms:
         mean = statistics.force_norm_sum / statistics.force_atoms
         yield (
-            "forces, eV/Å",
+            f"forces, {labels.unit}/Å",
             (
                 f"rms component {statistics.forces_rms:.4g}, norm {mean:.4g} on average and at most "
                 f"{statistics.force_max:.4g} (free atoms)"
@@ -199,9 +202,10 @@ def _normalizer_lines(inspection: Inspection) -> list[str]:
     settings = dataset_settings(energy=energy, forces=forces)
     lines += yaml.safe_dump(settings, sort_keys=False).rstrip().splitlines()
     lines.append(f"# OC20's convention divides forces by the spread of energies: rmsd {energy.rmsd}")
-    if not referenced and guess_energies(inspection.statistics)[0] == "total":
+    labels = inspection.source.labels
+    if not referenced and guess_energies(inspection.statistics, labels)[0] == "total":
         left = inspection.statistics.energy_scale(inspection.statistics.fit.solve())
-        lines.append(f"# Less fitted element references energies spread by {left.rmsd:.6g} eV:")
+        lines.append(f"# Less fitted element references energies spread by {left.rmsd:.6g} {labels.unit}:")
         lines.append("#   fairchem-dens data fit-stats SRC --references fit --out FOLDER")
     return lines
 
@@ -217,11 +221,13 @@ def as_data(inspection: Inspection) -> dict[str, Any]:
     """Return an inspection as what JSON can hold."""
     statistics = inspection.statistics
     sizes, energies = np.array(statistics.natoms), np.array(statistics.energies)
-    kind, reason = guess_energies(statistics)
+    labels = inspection.source.labels
+    kind, reason = guess_energies(statistics, labels)
     data: dict[str, Any] = {
         "source": inspection.source.name,
         "format": inspection.source.format,
         "files": [str(file) for file in inspection.source.files],
+        "labels": {"kind": labels.kind, "unit": labels.unit},
         "structures": inspection.total,
         "read": statistics.read,
         "healthy": inspection.healthy,

@@ -17,6 +17,7 @@ from fairchem.core.datasets.oc22_lmdb_dataset import OC22LmdbDataset
 
 from fairchem_dens import config
 from fairchem_dens.data.environment import LazyEnvironment
+from fairchem_dens.data.labels import Labelling, labels_of
 from fairchem_dens.data.reader import READERS
 from fairchem_dens.validation import nearest
 
@@ -47,6 +48,11 @@ class Source:
     def format(self) -> str:
         """Name of the data set's class in fairchem's registry."""
         return self.settings.get("format", "lmdb")
+
+    @property
+    def labels(self) -> Labelling:
+        """What is on record about its labels."""
+        return labels_of(self.files[0]) if self.files else Labelling()
 
     @property
     def corrupted(self) -> bool:

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from ase import units
 
 from fairchem_dens import inference
-from fairchem_dens.data.md17 import SUMMARY_FILE
-
-EV = "eV"
-UNITS: Mapping[str, float] = {EV: 1.0, "kcal/mol": units.kcal / units.mol}
-"""Units of energy, in eV. Forces are in the same per Å."""
+from fairchem_dens.data.labels import SUMMARY_FILE, UNITS, Labelling, labels_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +25,7 @@ class Split:
     name: str
     path: Path
     source: inference.Source
-    unit: str = EV
+    unit: str = Labelling.unit
     molecule: str | None = None
 
     @property
@@ -87,23 +79,11 @@ def find_splits(
 
 
 def _described(name: str, path: Path, source: inference.Source, unit: str | None) -> Split:
-    summary = _summary(path)
-    told = (summary.get("units") or {}).get("energy", EV)
-    if unit is None and told not in UNITS:
+    labels = labels_of(path)
+    if unit is None and labels.unit not in UNITS:
         raise ValueError(
-            f"'{SUMMARY_FILE}' beside '{path}' says that energies are in {told!r}, which is none of "
+            f"'{SUMMARY_FILE}' beside '{path}' says that energies are in {labels.unit!r}, which is none of "
             f"{', '.join(UNITS)}: give the unit with --unit."
         )
-    molecule = summary.get("molecule") if summary.get("labels") == "original" else None
-    return Split(name=name, path=path, source=source, unit=unit or told, molecule=molecule)
-
-
-def _summary(path: Path) -> dict[str, Any]:
-    """What the data set says about itself; a split of it is a folder, or a file in one."""
-    folder = path.absolute() if path.is_dir() else path.absolute().parent
-    file = folder.parent / SUMMARY_FILE
-    try:
-        loaded = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"'{file}' is not JSON ({error}): repair or remove it.") from error
-    return loaded if isinstance(loaded, dict) else {}
+    molecule = labels.molecule if labels.kind == "original" else None
+    return Split(name=name, path=path, source=source, unit=unit or labels.unit, molecule=molecule)

@@ -21,9 +21,9 @@ from fairchem.core.common.utils import load_config
 from torch_geometric.data import Data
 
 import fairchem_dens.register  # noqa: F401  so that a checkout that is not installed knows the names too
-from fairchem_dens.cli.configs import configs_folder
 from fairchem_dens.corruption import Corruption
 from fairchem_dens.objective import NoiseLoss
+from fairchem_dens.shipped import configs_folder
 
 Settings = dict[str, Any]
 COEFFICIENTS = {1: -16.1, 8: -439.8, 29: -1503.2, 46: -2212.7}

@@ -388,3 +388,21 @@ def test_authors_linear_references_are_used(
     batch = next(iter(trainer.train_loader))
     left = references.dereference(batch.energy.double().reshape(-1, 1), batch).reshape(-1)
     assert left.tolist() == pytest.approx([differences[sid] for sid in batch.sid.tolist()], abs=1e-2)
+
+
+def test_references_of_the_model_and_of_the_data(
+    run_settings: Settings, make_trainer: Make, tmp_path: Path
+) -> None:
+    np.savez(tmp_path / "references.npz", coeff=np.full(100, -1.0))
+    run_settings["dataset"]["train"]["transforms"]["element_references"] = {
+        "energy": {"file": str(tmp_path / "references.npz")}
+    }
+    run_settings["model"] |= {"use_energy_lin_ref": True, "load_energy_lin_ref": True}
+    with pytest.raises(ValueError, match=r"'model\.use_energy_lin_ref: True' and .*element_references'"):
+        make_trainer(run_settings)
+
+
+def test_normalizers_that_are_no_mapping(run_settings: Settings, make_trainer: Make) -> None:
+    run_settings["dataset"]["train"]["transforms"]["normalizer"] = "energy.npz"
+    with pytest.raises(ValueError, match=r"dataset\.train\.transforms\.normalizer"):
+        make_trainer(run_settings)

@@ -19,8 +19,8 @@ from fairchem.core.common.utils import load_config
 from torch_geometric.data import Data
 
 from fairchem_dens import keys
-from fairchem_dens.cli.configs import configs_folder, run_names
 from fairchem_dens.corruption import Corruption, batch_is_corrupted, corrupt
+from fairchem_dens.shipped import configs_folder, run_names
 
 Structure = Callable[..., Data]
 COEFFICIENTS = {1: -3.4, 8: -7.2, 29: -4.1, 46: -5.6}

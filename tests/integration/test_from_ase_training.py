@@ -66,6 +66,16 @@ def test_relaxations_train(relaxations, tmp_path, run_settings, fairchem):
     assert fairchem.file().is_file()
 
 
+def test_two_commands(relaxations, tmp_path, fairchem):
+    """From files to a run: what the first command writes is all that the second needs."""
+    convert(tmp_path, relaxations / "*.traj", "--val", 1)
+    smaller = ["--model.num_layers=1", "--model.sphere_channels=8", "--model.ffn_hidden_channels=8"]
+    smaller += ["--model.lmax_list=[2]", "--model.grid_resolution=8", "--optim.max_epochs=1"]
+    output = fairchem("train", tmp_path / "data" / "train.yml", *smaller, "--optim.num_workers=0")
+    assert len(losses(output)) == 3 and np.isfinite(losses(output)).all()
+    assert "DeNS corrupts each structure with probability p = 0.5" in output
+
+
 @pytest.mark.slow
 def test_real_trajectories_train_with_falling_loss(real_data, tmp_path, run_settings, fairchem):
     """OC20 relaxations by one command, then a few hundred steps of a small EquiformerV2 with DeNS.

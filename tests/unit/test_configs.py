@@ -20,8 +20,9 @@ from fairchem.core.modules.normalization.normalizer import create_normalizer
 
 import fairchem_dens.register  # noqa: F401  so that short names are known too
 from fairchem_dens import config as dens_config
-from fairchem_dens.cli.configs import MAP, config_names, configs_folder, run_names
+from fairchem_dens.cli.configs import MAP
 from fairchem_dens.corruption import Corruption
+from fairchem_dens.shipped import config_names, configs_folder, run_names
 
 CONFIGS = configs_folder()
 INCLUDES = CONFIGS / "includes"

@@ -95,7 +95,7 @@ def test_numbers(lmdb_folders: dict[str, Path], structure: Make) -> None:
 def test_report_fits_a_terminal(lmdb_folders: dict[str, Path], capsys: pytest.CaptureFixture) -> None:
     assert main(["data", "check", str(lmdb_folders["train"]), str(lmdb_folders["val"])]) == 0
     said = capsys.readouterr().out
-    assert "nothing is wrong" in said and "structures     24, all read" in said
+    assert "nothing is wrong" in said and "structures          24, all read" in said
     paths = {str(folder) for folder in lmdb_folders.values()}
     assert not [line for line in said.splitlines() if len(line) > 80 and not any(p in line for p in paths)]
 

@@ -29,13 +29,12 @@ from fairchem.core.datasets import LmdbDataset
 from fairchem.core.modules.normalization.element_references import create_element_references
 from fairchem.core.modules.normalization.normalizer import create_normalizer
 
-from fairchem_dens.cli.configs import configs_folder
-from fairchem_dens.cli.data.from_ase import training_yaml
 from fairchem_dens.cli.main import main
 from fairchem_dens.data.from_ase import labels, parts, sources, systems
 from fairchem_dens.data.from_ase.energies import fit_references, undetermined
 from fairchem_dens.data.from_ase.settings import Settings
 from fairchem_dens.data.lmdb import read_lmdb
+from fairchem_dens.shipped import configs_folder
 
 
 def labelled(atoms: Atoms, energy: float | None, forces: np.ndarray | None) -> Atoms:
@@ -108,7 +107,7 @@ def test_trajectories_become_a_data_set(runs, tmp_path, capsys):
     assert convert(out, runs / "**/*.traj", "--val", "0.2", "--test", "1") == 0
     assert sorted(path.name for path in out.iterdir()) == [
         "data.yml", "energy_normalizer.npz", "forces_normalizer.npz", "summary.json", "systems.json",
-        "test", "train", "val",
+        "test", "train", "train.yml", "val",
     ]  # fmt: skip
     assert not list(tmp_path.glob(".*")), "something was left beside it"
 
@@ -157,13 +156,18 @@ def test_normalisers_are_those_of_train(runs, tmp_path):
     assert len(LmdbDataset({"src": str(out / "train")})) == len(train)
 
 
-def test_printed_yaml_is_complete(runs, tmp_path):
+def test_yaml_to_train_with_is_complete(runs, tmp_path, capsys):
     out = tmp_path / "data"
     assert convert(out, runs) == 0
-    file = tmp_path / "train.yml"
-    file.write_text(training_yaml(configs_folder() / "includes", out))
-    config, _, duplicates = load_config(file)
-    assert duplicates == []
+    assert f"fairchem --mode train --config-yml {out}/train.yml" in capsys.readouterr().out
+    config, warnings, duplicates = load_config(out / "train.yml")
+    assert duplicates == warnings == []
+    of_paper, _, _ = load_config(configs_folder() / "oc20/equiformer_v2_dens_2M_12ep.yml")
+    defaults = {"max_num_elements": 90, "enforce_max_neighbors_strictly": True}
+    assert config["model"] | defaults == of_paper["model"] | defaults
+    assert config["loss_functions"] == of_paper["loss_functions"]
+    assert set(config["optim"]) == set(of_paper["optim"]) - {"eval_every"}
+    assert set(config["dataset"]["train"]["transforms"]) == {"dens", "normalizer"}
     assert config["dataset"]["train"]["src"] == str(out / "train")
     assert config["task"] == {"strict_load": True, "prediction_dtype": "float32"}
 

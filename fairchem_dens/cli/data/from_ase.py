@@ -182,48 +182,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _next(out: Path) -> str:
-    from fairchem_dens.cli.configs import configs_folder
-
-    includes = configs_folder() / "includes"
     return f"""\
 wrote {out}/: {", ".join(sorted(path.name for path in out.iterdir()))}
 
 Look at it:
   fairchem-dens data check {out}/train
 
-Train on it: save this as train.yml, set depth, learning rate and epochs to your data, and run
-  fairchem --mode train --config-yml train.yml --identifier own --run-dir runs
-
-{training_yaml(includes, out)}"""
-
-
-def training_yaml(includes: Path, out: Path) -> str:
-    """Return a YAML that trains EquiformerV2 with DeNS on a data set.
-
-    Args:
-        includes: folder of the shipped ``s2ef.yml`` and ``equiformer_v2.yml``.
-        out: folder of the data set.
-    """
-    return f"""\
-includes:
-  - {includes / "s2ef.yml"}
-  - {includes / "equiformer_v2.yml"}
-  - {out.absolute() / "data.yml"}
-logger: tensorboard
-dataset:
-  train:
-    transforms:
-      dens: {{prob: 0.5, std: 0.1, corrupt_ratio: 0.5}}
-loss_functions:
-  - energy: {{fn: mae, coefficient: 2}}
-  - forces: {{fn: l2mae, coefficient: 100}}
-  - noise: {{fn: l2mae, coefficient: 10}}
-evaluation_metrics:
-  primary_metric: forces_mae
-model: {{num_layers: 12, mmax_list: [2], drop_path_rate: 0.05}}
-optim:
-  lr_initial: 0.0002
-  max_epochs: 30
-  clip_grad_norm: 100
-  scheduler_params: {{warmup_epochs: 0.1}}
-"""
+Train on it, after setting depth, batch, learning rate and epochs in {out}/train.yml to your data:
+  fairchem --mode train --config-yml {out}/train.yml --run-dir runs"""

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from fairchem_dens.data.fit import REFERENCES_FILE
 from fairchem_dens.data.folder import refuse_existing, write_text, written_aside
@@ -24,6 +23,8 @@ from fairchem_dens.data.from_ase.report import summarise
 from fairchem_dens.data.from_ase.settings import Settings
 from fairchem_dens.data.from_ase.sources import find_sources
 from fairchem_dens.data.from_ase.systems import SPLITS
+from fairchem_dens.data.from_ase.training import TRAINING_FILE, write_training
+from fairchem_dens.data.labels import SUMMARY_FILE
 from fairchem_dens.data.lmdb import LmdbWriter, data_from_atoms
 from fairchem_dens.data.processes import worker_pool
 from fairchem_dens.data.references import write_references
@@ -33,9 +34,16 @@ from fairchem_dens.data.settings_file import (
     write_normalizers,
     write_settings,
 )
+from fairchem_dens.progress import progress_bar
 
-SUMMARY_FILE = "summary.json"
 SYSTEMS_FILE = "systems.json"
+_TRAINING_HEADER = """\
+EquiformerV2 with DeNS on {folder}.
+The settings are the paper's for OC20, where the learning rate 0.0002 belongs to 64 structures a step on all
+GPUs together. Set depth, batch, learning rate and epochs to your data.
+
+    fairchem --mode train --config-yml {folder}/train.yml --run-dir runs
+"""
 _PARTS = "parts"
 
 
@@ -55,9 +63,9 @@ def from_ase(
 
     Args:
         patterns: files, folders and globs.
-        out: gets ``train``, ``val`` and ``test`` as LMDB folders, ``data.yml`` to include, the normalisers
-            and references as files, ``systems.json`` and ``summary.json``. None reads everything and writes
-            nothing.
+        out: gets ``train``, ``val`` and ``test`` as LMDB folders, ``data.yml`` to include, ``train.yml`` to
+            train with, the normalisers and references as files, ``systems.json`` and ``summary.json``. None
+            reads everything and writes nothing.
         settings: what to read, to keep and to write.
         workers: processes that read; None takes one for each of up to four cores.
         overwrite: replace ``out`` if it exists.
@@ -118,8 +126,8 @@ def _read(tasks: Sequence[Task], workers: int | None, progress: bool) -> list[Pa
         print(f"{known} of {len(tasks)} files were read before.", file=sys.stderr)
     with _in_processes(workers, len(missing)) as make_all:
         made = zip(missing, make_all([tasks[place] for place in missing]), strict=True)
-        for place, part in _bar(
-            made, progress, desc="  reading", unit="file", total=len(tasks), initial=known
+        for place, part in progress_bar(
+            made, shown=progress, desc="  reading", unit="file", total=len(tasks), initial=known
         ):
             found[place] = part
     return [part for part in found if part is not None]
@@ -136,11 +144,6 @@ def _in_processes(workers: int | None, tasks: int) -> Iterator[Callable[[Iterabl
             yield lambda given: pool.map(parts.make, given)
 
 
-def _bar(items: Iterable[Any], progress: bool, **shown: Any) -> Iterable[Any]:
-    # A log file wants no animation.
-    return tqdm(items, disable=not progress, mininterval=0.1 if sys.stderr.isatty() else 10.0, **shown)
-
-
 def _write_split(
     folder: Path,
     split: str,
@@ -153,8 +156,8 @@ def _write_split(
     sids = systems.stored_ids(plan.systems.names)
     structures = _structures(members, plan, tasks)
     with LmdbWriter(folder / split, structures_per_file=frames_per_file) as writer:
-        for frame, atoms, forces in _bar(
-            structures, progress, desc=f"  {split:7}", unit="frame", total=len(members)
+        for frame, atoms, forces in progress_bar(
+            structures, shown=progress, desc=f"  {split:7}", unit="frame", total=len(members)
         ):
             writer.add(
                 data_from_atoms(
@@ -195,6 +198,7 @@ def _write_surroundings(folder: Path, out: Path, plan: Plan, summary: dict[str, 
     # Half precision, fairchem's default, does not hold energies of hundreds of eV.
     settings["task"] = {"prediction_dtype": "float32"}
     write_settings(folder / SETTINGS_FILE, settings, _header(out, summary))
+    write_training(folder / TRAINING_FILE, out / SETTINGS_FILE, _TRAINING_HEADER.format(folder=out))
     write_text(folder / SYSTEMS_FILE, _json(_systems(plan)))
     write_text(folder / SUMMARY_FILE, _json(summary))
 
@@ -205,7 +209,8 @@ def _header(out: Path, summary: dict[str, Any]) -> str:
         f"{out.name}: frames {frames}. Made by `fairchem-dens data from-ase`; see {SUMMARY_FILE}.\n"
         f"Energies (eV): {summary['energy']['says']}.\n"
         "Normalisers are those of train: of the energies, less the references if there are any, mean and\n"
-        "root mean square deviation; of the forces (eV/Å), root mean square component on free atoms."
+        "root mean square deviation; of the forces (eV/Å), root mean square component on free atoms.\n"
+        "Where test is named, fairchem predicts all of it in training each time the validation error falls."
     )
 
 
