@@ -82,7 +82,8 @@ class ScalarsAndVectors(nn.Module):
         num_layers: messages.
         num_basis: radial functions.
         cutoff: Å.
-        max_neighbors: neighbours of an atom.
+        max_neighbors: neighbours of an atom; more than there are, or which of equally far ones are kept would
+            be chance.
         max_num_elements: atomic numbers below this are known.
         use_pbc: periodic boundary conditions.
         otf_graph: search neighbours in each forward pass; corrupted positions need it.
@@ -97,7 +98,7 @@ class ScalarsAndVectors(nn.Module):
         num_layers: int = 3,
         num_basis: int = 16,
         cutoff: float = 5.0,
-        max_neighbors: int = 30,
+        max_neighbors: int = 100,
         max_num_elements: int = 90,
         use_pbc: bool = True,
         otf_graph: bool = True,

@@ -204,7 +204,13 @@ def _predicts_structures_as_if_alone(trial: Trial) -> None:
     for batch in (trial.plain, trial.mixed):
         alone = [trial.run(Batch.from_data_list([data])) for data in batch.clone().to_data_list()]
         expected = {name: torch.cat([one[name] for one in alone]) for name in alone[0]}
-        trial.compare("in a batch", batch, trial.run(batch.clone()), expected)
+        try:
+            trial.compare("in a batch", batch, trial.run(batch.clone()), expected)
+        except BrokenContractError as found:
+            raise BrokenContractError(
+                f"{found} (a strict limit on neighbours does this where some are equally far: raise "
+                "'max_neighbors' for the check, or use structures without symmetry)"
+            ) from found
 
 
 def _takes_zeros_for_none(trial: Trial) -> None:

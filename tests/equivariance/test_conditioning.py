@@ -62,7 +62,8 @@ def test_embedding_is_equivariant_with_bias(seed, rotation):
     matrix, d_matrix = wigner(LMAX, rotation)
     rotated = embedding(force_features(forces @ matrix.T, LMAX))
     expected = torch.einsum("ij,njc->nic", d_matrix, embedding(force_features(forces, LMAX)))
-    torch.testing.assert_close(rotated, expected, rtol=0, atol=1e-10)
+    # The matrix exponential behind e3nn's matrices is off by 2e-10 at small angles.
+    torch.testing.assert_close(rotated, expected, rtol=0, atol=1e-9)
 
 
 @given(seeds, scales)
