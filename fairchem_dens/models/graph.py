@@ -14,6 +14,9 @@ from torch_geometric.nn import radius_graph
 
 from fairchem_dens import keys
 
+_SAME_DISTANCE = 1e-3
+"""Å². Squared distances closer than this count as equal where neighbours have to be chosen."""
+
 
 @dataclass(frozen=True)
 class Graph:
@@ -66,8 +69,8 @@ def build_graph(
         data: batch with ``pos``, ``natoms``, ``batch`` and, for periodic graphs, ``cell``.
         cutoff: Å.
         max_neighbors: the nearest ones are kept.
-        strict: exactly ``max_neighbors`` at most; else neighbours as far as the last one, to 0.01 Å, are kept
-            too.
+        strict: exactly ``max_neighbors`` at most, of those at the same distance the first ones by atom and
+            image; else neighbours as far as the last one, to 0.01 Å, are kept too.
         use_pbc: consider periodic images.
         otf_graph: search; else use the stored edges if there are any.
 
@@ -127,11 +130,63 @@ def _periodic_edges(data: Any, cutoff: float, max_neighbors: int, strict: bool) 
         part = Data(
             pos=wrapped[atoms].float(), cell=cell[chosen].float(), natoms=natoms[chosen], pbc=pbc[chosen]
         )
-        found, cell_offsets, _ = radius_graph_pbc(part, cutoff, max_neighbors, strict)
+        # Not strictly: it keeps all at the same distance, and leaves the choice to us.
+        found, cell_offsets, _ = radius_graph_pbc(part, cutoff, max_neighbors, False)
         edge_index = atoms[found]
+        offset = cell_offsets.to(pos.dtype) - images[edge_index[0]] + images[edge_index[1]]
+        if strict:
+            source, target = edge_index
+            vectors = pos[source] - pos[target] + (offset[:, None] @ cell[batch[target]])[:, 0]
+            kept = _nearest(edge_index, offset.long(), (vectors**2).sum(dim=1), max_neighbors, len(pos))
+            edge_index, offset = edge_index[:, kept], offset[kept]
         edges.append(edge_index)
-        offsets.append(cell_offsets.to(pos.dtype) - images[edge_index[0]] + images[edge_index[1]])
+        offsets.append(offset)
     return torch.cat(edges, dim=1), torch.cat(offsets)
+
+
+def _nearest(edge_index: Tensor, offsets: Tensor, squared: Tensor, count: int, natoms: int) -> Tensor:
+    """Tell which edges lead to the ``count`` nearest neighbours of each atom.
+
+    In a crystal many are at the same distance. Left to rounding, the choice among them, and with it the
+    prediction, would depend on what else is in the batch.
+
+    Args:
+        edge_index: (2, E).
+        offsets: (E, 3) int64, in lattice vectors.
+        squared: (E,), squared distances, Å².
+        count: how many neighbours to keep.
+        natoms: number of atoms.
+
+    Returns:
+        (E,) bool.
+    """
+    source, target = edge_index
+    degrees = torch.zeros(natoms, dtype=torch.long, device=target.device)
+    degrees.index_add_(0, target, torch.ones_like(target))
+    starts = degrees.cumsum(0) - degrees
+
+    def rank(order: Tensor) -> Tensor:
+        """Number of edges to the same target that come before each one in an order."""
+        order = order[torch.argsort(target[order], stable=True)]
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order), device=order.device)
+        return place - starts[target]
+
+    is_last = rank(torch.argsort(squared, stable=True)) == count - 1
+    last = squared.new_full((natoms,), float("inf"))
+    last.scatter_reduce_(0, target, torch.where(is_last, squared, float("inf")), reduce="amin")
+    nearer = squared < last[target] - _SAME_DISTANCE
+    as_far = ~nearer & (squared <= last[target] + _SAME_DISTANCE)
+
+    low = offsets.min() if len(offsets) else 0
+    span = offsets.max() - low + 1 if len(offsets) else 1
+    x, y, z = (offsets - low).unbind(dim=1)
+    name = ((source * span + x) * span + y) * span + z
+    # By atom and image among those that are as far; the others behind them.
+    by_name = torch.argsort(name, stable=True)
+    by_name = by_name[torch.argsort((~as_far[by_name]).long(), stable=True)]
+    wanted = torch.full_like(degrees, count).index_add_(0, target, -nearer.long())
+    return nearer | (as_far & (rank(by_name) < wanted[target]))
 
 
 def _molecular_edges(data: Any, cutoff: float, max_neighbors: int) -> Tensor:

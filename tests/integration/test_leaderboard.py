@@ -76,8 +76,7 @@ def test_from_trajectories_to_a_submission(
     run_settings["dataset"] = {"train": {"transforms": {"dens": dens}}, "test": {"src": str(data / "val")}}
     wider = ("sphere_channels", "edge_channels", "ffn_hidden_channels", "attn_hidden_channels")
     run_settings["model"] |= dict.fromkeys(wider, 16) | {"alpha_drop": 0.0, "drop_path_rate": 0.0}
-    # Strictly, crystals have neighbours to choose from at the same distance, which batches decide on.
-    run_settings["model"] |= {"enforce_max_neighbors_strictly": False, "avg_num_nodes": 10.0}
+    run_settings["model"] |= {"avg_num_nodes": 10.0}
     run_settings["loss_functions"][0] = {"energy": {"fn": "mae", "coefficient": 30}}
     run_settings["optim"] |= {"max_epochs": 50, "lr_initial": 0.01, "eval_every": 10_000}
     fairchem("train", run_settings)
