@@ -93,7 +93,9 @@ def import_checkpoint(
     if fresh:
         said.append("added a force embedding and a noise head, which are not trained")
     weights = _checked(fresh | parts.weights, built)
-    config, about = for_this_package(parts.rest["config"], type(built), parts.settings)
+    # Said, because a trainer without a loss on noise would take the noise head for one that was not trained.
+    settings = {"predict_noise": True, **parts.settings}
+    config, about = for_this_package(parts.rest["config"], type(built), settings)
     said += about
     config[MARK] = mark()
     imported = {**parts.rest, "config": config, "state_dict": weights}

@@ -208,8 +208,8 @@ def _predicts_structures_as_if_alone(trial: Trial) -> None:
             trial.compare("in a batch", batch, trial.run(batch.clone()), expected)
         except BrokenContractError as found:
             raise BrokenContractError(
-                f"{found} (a strict limit on neighbours does this where some are equally far: raise "
-                "'max_neighbors' for the check, or use structures without symmetry)"
+                f"{found} (fairchem's strict limit on neighbours does this where some are equally "
+                "far: raise 'max_neighbors' for the check, or use structures without symmetry)"
             ) from found
 
 

@@ -18,6 +18,7 @@ from fairchem_dens import checkpoints
 from fairchem_dens.checkpoints.convert import export_checkpoint, import_checkpoint, strip_checkpoint
 from fairchem_dens.checkpoints.describe import describe
 from fairchem_dens.cli.main import main
+from fairchem_dens.inference import trainer_of
 from fairchem_dens.models import EquiformerDeNS, EquiformerV2DeNS
 
 STORED = Path(__file__).parents[1] / "data" / "checkpoints"
@@ -49,6 +50,19 @@ class TestImport:
         energy, forces = predicted(imported, structure(3))
         assert energy == pytest.approx(EXPECTED[f"{name}.pt"]["energy"], abs=2e-5)
         np.testing.assert_allclose(forces, EXPECTED[f"{name}.pt"]["forces"], atol=1e-5)
+
+    def test_opens_where_the_settings_of_the_run_name_no_noise(self, tmp_path):
+        """Its moving average counts the noise head, which the settings then say nothing about."""
+        checkpoint = stored("version_0_authors")
+        for name in [name for name in checkpoint["config"]["optim"] if "denoising_pos" in name]:
+            del checkpoint["config"]["optim"][name]
+        imported, _ = import_checkpoint(checkpoint)
+        assert imported["ema"] is not None
+        checkpoints.write(imported, tmp_path / "imported.pt")
+        average = checkpoints.average_of(imported)
+        model = trainer_of(tmp_path / "imported.pt", cpu=True)._unwrapped_model
+        for name, value in model.named_parameters():
+            assert torch.equal(value, average[name]), name
 
     def test_references_in_the_model_become_those_of_the_checkpoint(self):
         imported, said = import_checkpoint(stored("version_0_authors"))
