@@ -1,4 +1,4 @@
-"""Folders that appear under their name only once they are complete."""
+"""Folders and files that appear under their name only once they are complete."""
 
 from __future__ import annotations
 
@@ -61,9 +61,22 @@ def written_aside(folder: str | Path, *, overwrite: bool = False, keep: bool = F
         partial.rename(folder)
 
 
-def write_text(file: str | Path, content: str) -> None:
-    """Write a text file aside and rename it, so that it is there whole or not at all."""
+@contextmanager
+def file_aside(file: str | Path) -> Iterator[Path]:
+    """Give a hidden name beside ``file`` to write into, and rename it at the end, over a file that is there.
+
+    After an exception ``file`` is as it was before, and nothing is left beside it.
+    """
     file = Path(file)
     aside = file.with_name(f".{file.name}.partial")
-    aside.write_text(content, encoding="utf-8")
-    aside.replace(file)
+    try:
+        yield aside
+        aside.replace(file)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_text(file: str | Path, content: str) -> None:
+    """Write a text file so that it is there whole or not at all."""
+    with file_aside(file) as aside:
+        aside.write_text(content, encoding="utf-8")

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from fairchem_dens.data.folder import file_aside
 from fairchem_dens.data.inspection import Inspection
 from fairchem_dens.data.references import symbol
 from fairchem_dens.data.statistics import FORCE_BINS
@@ -36,10 +37,8 @@ def draw(file: str | Path, inspections: Sequence[Inspection]) -> None:
         axes[3].bar([symbol(number) for number in elements], statistics.element_atoms[elements])
         axes[3].set(yscale="log" if elements else "linear", ylabel="atoms")
         axes[3].tick_params(axis="x", labelrotation=90, labelsize=7 if len(elements) > 15 else 10)
-    file = Path(file)
-    aside = file.with_name(f".{file.name}.partial.png")
-    figure.savefig(aside, dpi=110)
-    aside.replace(file)
+    with file_aside(file) as aside:
+        figure.savefig(aside, format="png", dpi=110)
 
 
 def _bars(axes: Axes, values: np.ndarray, label: str) -> None:

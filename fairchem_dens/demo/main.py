@@ -11,6 +11,7 @@ import yaml
 
 from fairchem_dens.corruption import Corruption
 from fairchem_dens.data.emt import generate, read_summary
+from fairchem_dens.data.folder import write_text
 from fairchem_dens.data.lmdb import read_lmdb
 from fairchem_dens.demo import pictures, plan, report, results, runner
 from fairchem_dens.demo.plan import BUDGETS, RUNS, TITLES, Folder, Settings
@@ -54,7 +55,7 @@ def run_demo(folder: Folder, settings: Settings) -> dict[str, Any]:
             runner.run_group(group, folder, lock=lock, total_steps=total if mode == "train" else None)
         _say("Collecting results")
         measured = _collect(folder, summary)
-        plan.write_text(folder.report, report.write_report(settings, summary, measured))
+        write_text(folder.report, report.write_report(settings, summary, measured))
     print(f"\n{report.table(measured)}\n\n{report.verdict(measured)}\n")
     print(f"{report.REGIME}\n")
     print(f"All of it is in {folder.root} (this start took {time.monotonic() - started:.0f} s):")
@@ -119,7 +120,7 @@ def _collect(folder: Folder, summary: dict[str, Any]) -> dict[str, Any]:
         "corrupt_ratio": 1.0 if corruption.corrupt_ratio is None else corruption.corrupt_ratio,
         "atoms": int(sum(item.noise_mask.sum() for item in denoised)),
     }
-    plan.write_text(folder.results, json.dumps(measured, indent=2) + "\n")
+    write_text(folder.results, json.dumps(measured, indent=2) + "\n")
 
     frames = summary["splits"]["train"]["frames"]
     pictures.draw_curves(

@@ -18,6 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Circle, FancyArrowPatch
 
 from fairchem_dens import keys
+from fairchem_dens.data.folder import file_aside
 from fairchem_dens.demo.plan import PRINT_EVERY, RUNS, TITLES
 from fairchem_dens.demo.results import Curve, Denoised
 
@@ -394,7 +395,5 @@ def _softened(color: np.ndarray, white: float) -> tuple[float, float, float]:
 
 
 def _save(figure: Figure, file: str | Path) -> None:
-    file = Path(file)
-    aside = file.with_name(f".{file.name}.partial")
-    figure.savefig(aside, format="png", facecolor="white")
-    aside.replace(file)
+    with file_aside(file) as aside:
+        figure.savefig(aside, format="png", facecolor="white")

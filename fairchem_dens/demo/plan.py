@@ -15,6 +15,7 @@ import yaml
 
 from fairchem_dens.cli.configs import copy_configs
 from fairchem_dens.data.emt import EmtSettings
+from fairchem_dens.data.folder import write_text
 
 RUNS = ("baseline", "dens")
 MODES = ("train", "validate", "predict")
@@ -176,13 +177,6 @@ class Folder:
     def write_state(self, name: str, content: Any) -> None:
         """Record ``content`` so that a later start finds all of it or nothing."""
         write_text(self._state / f"{name}.json", json.dumps(content, indent=2) + "\n")
-
-
-def write_text(file: Path, text: str) -> None:
-    """Write a text file aside and rename it: it is never seen half written."""
-    aside = file.with_name(f".{file.name}.partial")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(file)
 
 
 @dataclass(frozen=True)

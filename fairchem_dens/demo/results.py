@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from fairchem.core.common.registry import registry
-from fairchem.core.modules.exponential_moving_average import ExponentialMovingAverage
 from torch_geometric.data import Batch, Data
 
 from fairchem_dens import checkpoints, keys
@@ -143,11 +142,7 @@ def load_trained(checkpoint_file: str | Path) -> Trained:
     checkpoint = checkpoints.read(checkpoint_file)
     settings = dict(checkpoint["config"]["model"])
     model = registry.get_model_class(settings.pop("name"))(**settings)
-    weights = {name.removeprefix("module."): value for name, value in checkpoint["state_dict"].items()}
-    model.load_state_dict(weights)
-    average = ExponentialMovingAverage(model.parameters(), decay=0.0)
-    average.load_state_dict(checkpoint["ema"])
-    average.copy_to()
+    model.load_state_dict(checkpoints.predicting_weights(checkpoint, checkpoints.trained_names(model)))
     return Trained(model.eval(), float(checkpoint["normalizers"]["forces"]["rmsd"]))
 
 

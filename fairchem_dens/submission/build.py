@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from tqdm import tqdm
-
+from fairchem_dens.progress import progress_bar
 from fairchem_dens.submission.arrays import write_arrays
 from fairchem_dens.submission.check import Report, check_submission
 from fairchem_dens.submission.sources import check_source, load_predictions
@@ -103,7 +102,7 @@ def build_submission(
     check_sources(sources, board, task)
     aside = file.with_name(f".{file.name}.partial")
     try:
-        splits = tqdm(board.splits, desc="  joining", unit=" splits", disable=not progress)
+        splits = progress_bar(board.splits, shown=progress, desc="  joining", unit="split")
         write_arrays(
             aside,
             (

@@ -93,12 +93,15 @@ def _cast(forces: np.ndarray, board: Leaderboard, source: Path) -> np.ndarray:
 
 
 def _from_trajectories(folder: Path, task: Task, progress: str) -> dict[str, np.ndarray]:
-    frames = list(last_frames(folder, progress=progress))
-    ids = np.array([sid for sid, _ in frames])
+    ids, energies, positions = [], [], []
+    for sid, atoms in last_frames(folder, progress=progress):
+        ids.append(sid)
+        energies.append(float(atoms.get_potential_energy()))
+        positions.append(atoms.positions)
     if task is IS2RE:
-        return {IDS: ids, keys.ENERGY: np.array([float(atoms.get_potential_energy()) for _, atoms in frames])}
+        return {IDS: np.array(ids), keys.ENERGY: np.array(energies)}
     return {
-        IDS: ids,
-        keys.POS: np.concatenate([atoms.positions for _, atoms in frames]),
-        CHUNK_IDX: np.cumsum([len(atoms) for _, atoms in frames])[:-1],
+        IDS: np.array(ids),
+        keys.POS: np.concatenate(positions),
+        CHUNK_IDX: np.cumsum([len(one) for one in positions])[:-1],
     }

@@ -17,6 +17,7 @@ from fairchem_dens.cli.main import main
 from fairchem_dens.data.lmdb import LmdbWriter, read_lmdb
 from fairchem_dens.demo.results import read_curves
 from fairchem_dens.evaluation import metrics
+from model_cases import EQUIFORMER
 
 KCAL_PER_MOL = 43.3641
 """meV."""
@@ -129,16 +130,9 @@ def equiformer(settings: Settings, data: Path) -> Settings:
         "val": {"src": str(data / "test")},
     }
     settings["model"] = {
+        **EQUIFORMER,
         "name": "fairchem_dens.models.EquiformerDeNS",
-        "irreps_node_embedding": "8x0e+4x1e+2x2e",
-        "irreps_pre_attn": "8x0e+4x1e+2x2e",
-        "irreps_feature": "12x0e+6x1e+4x2e",
-        "irreps_head": "4x0e+2x1e+2x2e",
-        "irreps_mlp_mid": "8x0e+4x1e+4x2e",
-        "num_heads": 2,
         "num_layers": 1,
-        "number_of_basis": 8,
-        "fc_neurons": [8],
     }
     settings["task"] = {"prediction_dtype": "float32"}
     return settings

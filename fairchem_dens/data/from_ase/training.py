@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from fairchem.core.common.utils import load_config
 
@@ -11,11 +10,6 @@ from fairchem_dens.data.settings_file import write_settings
 from fairchem_dens.shipped import configs_folder
 
 TRAINING_FILE = "train.yml"
-
-_OWN: dict[str, dict[str, Any]] = {
-    "model": {"num_layers": 12, "lmax_list": [6], "mmax_list": [2], "drop_path_rate": 0.05},
-    "optim": {"lr_initial": 0.0002, "max_epochs": 30, "clip_grad_norm": 100},
-}
 
 
 def write_training(file: Path, settings_file: Path, header: str) -> None:
@@ -28,8 +22,8 @@ def write_training(file: Path, settings_file: Path, header: str) -> None:
     """
     includes = configs_folder() / "includes"
     s2ef, network = (load_config(str(includes / name))[0] for name in ("s2ef.yml", "equiformer_v2.yml"))
-    optim = {**_OWN["optim"], **network["optim"]}
-    optim["scheduler_params"] = {**optim["scheduler_params"], "warmup_epochs": 0.1}
+    model, optim = network["model"], network["optim"]
+    depth = {"num_layers": 12, "lmax_list": [6], "mmax_list": [2], "drop_path_rate": 0.05}
     settings = {
         # Not relative: fairchem would take a file of that name in the working directory first.
         "includes": [str(settings_file.absolute())],
@@ -42,7 +36,13 @@ def write_training(file: Path, settings_file: Path, header: str) -> None:
             {"noise": {"fn": "l2mae", "coefficient": 10}},
         ],
         "evaluation_metrics": {**s2ef["evaluation_metrics"], "primary_metric": "forces_mae"},
-        "model": {"name": network["model"]["name"], **_OWN["model"], **network["model"]},
-        "optim": optim,
+        "model": {"name": model["name"], **depth, **model},
+        "optim": {
+            "lr_initial": 0.0002,
+            "max_epochs": 30,
+            "clip_grad_norm": 100,
+            **optim,
+            "scheduler_params": {**optim["scheduler_params"], "warmup_epochs": 0.1},
+        },
     }
     write_settings(file, settings, header)
