@@ -22,7 +22,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 PINS := requirements/$(LANE).txt
 SOURCES := $(shell find fairchem_dens startup configs -type f -not -path '*/__pycache__/*') LICENSE README.md
 # -P: the current folder stays off sys.path, so that the installed package is tested and not this folder.
-PYTEST := $(BIN)/python -P -m pytest -q
+# Files are spread over the cores, four at most: what a file sets up once stays with it.
+PYTEST := $(BIN)/python -P -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 .DELETE_ON_ERROR:
 .PHONY: install test test-slow demo lint format clean help

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import fcntl
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -66,6 +69,14 @@ def python(tmp_path) -> Callable[..., str]:
     return run
 
 
+@contextlib.contextmanager
+def _only_run_with_ranks() -> Iterator[None]:
+    """Wait for other tests: fairchem's local runs on several ranks all meet at one port."""
+    with (Path(tempfile.gettempdir()) / "fairchem_dens_tests_with_ranks.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 class Fairchem:
     """The `fairchem` command in a folder of its own, where YAMLs, checkpoints, results and logs lie."""
 
@@ -93,11 +104,12 @@ class Fairchem:
 
     def __call__(self, mode: str, settings: dict[str, Any] | Path, *options: str, name: str = "run") -> str:
         """Run it to its end; returns what it said."""
-        process = self.start(mode, settings, *options, name=name)
-        try:
-            output, _ = process.communicate(timeout=900)
-        finally:
-            process.kill()
+        with _only_run_with_ranks() if "--num-gpus" in options else contextlib.nullcontext():
+            process = self.start(mode, settings, *options, name=name)
+            try:
+                output, _ = process.communicate(timeout=900)
+            finally:
+                process.kill()
         assert process.returncode == 0, output[-6000:]
         return output
 
