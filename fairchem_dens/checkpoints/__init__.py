@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from fairchem_dens.checkpoints.files import (
-    aside,
     plain,
-    put_in_place,
     read,
     read_as_written,
     remove_unfinished,
+    replacing,
     write,
 )
 from fairchem_dens.checkpoints.fit import load, require_fit
@@ -17,16 +16,15 @@ from fairchem_dens.checkpoints.weights import average_of, predicting_weights, tr
 
 __all__ = [
     "CHECKPOINT_VERSION",
-    "aside",
     "average_of",
     "load",
     "mark",
     "plain",
     "predicting_weights",
-    "put_in_place",
     "read",
     "read_as_written",
     "remove_unfinished",
+    "replacing",
     "require_fit",
     "trained_names",
     "upgraded",
