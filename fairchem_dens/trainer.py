@@ -11,6 +11,7 @@ import inspect
 import logging
 from collections.abc import Iterable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from fairchem_dens import config, keys, objective, summary
 from fairchem_dens.checkpoints.fine_tuning import KEY as FINE_TUNING
 from fairchem_dens.checkpoints.fine_tuning import FineTuning
 from fairchem_dens.corruption import Corruption, batch_is_corrupted, corrupt
+from fairchem_dens.data import skipping
 from fairchem_dens.data.collate import collate
 from fairchem_dens.data.labels import check_labels_agree
 from fairchem_dens.data.reader import with_our_readers
@@ -121,6 +123,7 @@ class DeNSTrainer(StepTrainer):
         config.check_sources({name: {**inherited, **settings} for name, settings in splits.items()})
         check_labels_agree(splits)
         self._load_with_our_readers()
+        self._list_skipped_records()
         if self.train_dataset is not None:
             self._arm_corruption()
 
@@ -138,11 +141,25 @@ class DeNSTrainer(StepTrainer):
         finally:
             self.config.update(written)
 
+    def _list_skipped_records(self) -> None:
+        """Let all processes that read the train split keep one list of what they skip."""
+        dataset = _innermost(self.train_dataset)
+        if getattr(dataset, "skip_bad_records", False) and not self.is_debug:
+            folder = Path(self.config["cmd"]["results_dir"]) / skipping.FOLDER
+            dataset.skipped = skipping.SkippedRecords(folder, distutils.get_rank())
+
+    def train(self, disable_eval_tqdm: bool = False) -> None:
+        """Train; see `StepTrainer` and `ResumableTrainer`."""
+        try:
+            super().train(disable_eval_tqdm=disable_eval_tqdm)
+        finally:
+            skipped = getattr(_innermost(self.train_dataset), "skipped", None)
+            if skipped is not None and distutils.is_master() and (said := skipped.summary()):
+                logging.warning(said)
+
     def _arm_corruption(self) -> None:
         """Put the corruption where the settings of ``dens`` stand, on the train split alone."""
-        dataset = self.train_dataset
-        while hasattr(dataset, "dataset"):
-            dataset = dataset.dataset
+        dataset = _innermost(self.train_dataset)
         settings = getattr(getattr(dataset, "transforms", None), "config", None) or {}
         name = config.dens_name(settings)
         if name is None:
@@ -454,6 +471,13 @@ def _without_fine_tuning(model: Mapping[str, Any]) -> tuple[FineTuning | None, d
 
 def _register(_worker: int = 0) -> None:
     importlib.import_module("fairchem_dens.register")
+
+
+def _innermost(dataset: Any) -> Any:
+    """The data set itself, without those that choose from it."""
+    while hasattr(dataset, "dataset"):
+        dataset = dataset.dataset
+    return dataset
 
 
 def _places(dataset: Any) -> list[int]:

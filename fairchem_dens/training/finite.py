@@ -42,8 +42,12 @@ def clip(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
 
 
 def can_skip_on_device(optimizer: Optimizer) -> bool:
-    """Whether the optimizer is one of torch's fused ones, which look at ``found_inf`` on the device."""
-    return all(group.get("fused") for group in optimizer.param_groups)
+    """Whether the optimizer is one of torch's fused ones that look at ``found_inf`` on the device.
+
+    Not SGD, whose momentum is uninitialised memory after a first step that was passed over.
+    """
+    knows = isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW)
+    return knows and all(group.get("fused") for group in optimizer.param_groups)
 
 
 def skip_if(bad: Tensor, optimizer: Optimizer) -> None:

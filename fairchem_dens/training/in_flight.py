@@ -18,12 +18,14 @@ class InFlight:
     Attributes:
         batch: the batch, wherever it is.
         natoms: (B,) int64, on the host.
+        num_atoms: their sum.
         sids: system ids, as the batch has them: a tensor on the host, a list or None.
         fids: ids of frames likewise.
     """
 
     batch: Any
     natoms: Tensor
+    num_atoms: int
     sids: Any = None
     fids: Any = None
 
@@ -36,7 +38,7 @@ class InFlight:
             value = batch[name] if name in batch else None  # noqa: SIM401  # Data.get is new
             return value if not isinstance(value, Tensor) or value.device.type == "cpu" else None
 
-        return cls(batch, natoms, on_host(keys.SID), on_host(keys.FID))
+        return cls(batch, natoms, int(natoms.sum()), on_host(keys.SID), on_host(keys.FID))
 
     @property
     def names(self) -> list[str]:

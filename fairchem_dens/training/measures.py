@@ -100,7 +100,8 @@ def measure(target: str, function: str, of: Evaluated) -> Mean:
     if function in PER_ATOM:
         natoms = of.natoms.clamp(min=1)[:, None]
         errors = PER_ROW[PER_ATOM[function]](prediction[target] / natoms, wanted[target] / natoms)
-        return _mean(errors, of.masks[target])
+        # Divided by no free atom, one structure would make the mean infinite.
+        return _mean(errors, of.masks[target] & (of.natoms > 0))
     return _mean(PER_ROW[function](prediction[target], wanted[target]), of.masks[target])
 
 

@@ -25,8 +25,8 @@ from fairchem_dens.training.in_flight import HostSizes, InFlight
 from fairchem_dens.training.selection import select
 from fairchem_dens.training.settings import StepSettings
 
-_FUSED = ("Adam", "AdamW", "SGD")
-"""Optimizers that torch has in one kernel, which can pass over an update on the device."""
+_FUSED = ("Adam", "AdamW")
+"""Optimizers that torch has in one kernel which can pass over an update on the device."""
 _CHOSEN = ("fused", "foreach", "capturable", "differentiable")
 """Arguments by which a user chooses an implementation."""
 _LOSS = "loss"
@@ -190,11 +190,15 @@ class StepTrainer(ResumableTrainer):
         with precision.autocast(self.config["amp"], self.step_settings, self.device):
             return precision.single(super()._forward(self._in_flight.sized))
 
-    def _sized(self, batch: Any) -> HostSizes:
-        """The batch with its sizes on the host, for fairchem's code that makes shapes of them."""
+    def _on_host(self, batch: Any) -> InFlight:
+        """What is known of a batch on the host."""
         if self._in_flight is None or self._in_flight.batch is not batch:
             self._in_flight = InFlight.of(batch)
-        return self._in_flight.sized
+        return self._in_flight
+
+    def _sized(self, batch: Any) -> HostSizes:
+        """The batch with its sizes on the host, for fairchem's code that makes shapes of them."""
+        return self._on_host(batch).sized
 
     def _compute_loss(self, out: dict[str, Tensor], batch: Any) -> Tensor:
         loss = self._loss(out, batch)
@@ -308,11 +312,8 @@ class StepTrainer(ResumableTrainer):
 
     def _measure_for_print(self, out: Mapping[str, Tensor], batch: Any) -> dict[str, Mean]:
         """Return what is printed of a step beside the metrics; the same names in each step."""
-        natoms = self._sized(batch).natoms
-        return {
-            "structures": Mean(len(natoms), 1),
-            "atoms": Mean(int(natoms.sum()), 1),
-        }
+        seen = self._on_host(batch)
+        return {"structures": Mean(len(seen.natoms), 1), "atoms": Mean(seen.num_atoms, 1)}
 
     def _evaluated(self, out: Mapping[str, Tensor], batch: Any) -> measures.Evaluated:
         structures, of_atom = self._counted(batch), batch[keys.BATCH]
