@@ -13,9 +13,11 @@ from fairchem_dens.checkpoints.files import (
 from fairchem_dens.checkpoints.fit import load, require_fit
 from fairchem_dens.checkpoints.versions import CHECKPOINT_VERSION, mark, upgraded, version_of
 from fairchem_dens.checkpoints.weights import average_of, predicting_weights, trained_names, weights_of
+from fairchem_dens.errors import CheckpointNotWritten
 
 __all__ = [
     "CHECKPOINT_VERSION",
+    "CheckpointNotWritten",
     "average_of",
     "load",
     "mark",

@@ -83,8 +83,8 @@ def replacing(final: str | Path) -> Iterator[Path]:
             put_in_place(beside, final.name)
     except (OSError, RuntimeError) as error:
         # torch writes in C++ and raises a RuntimeError that does not say why.
-        if not isinstance(error, OSError) and not beside.exists():
-            raise
+        if not isinstance(error, OSError) and not beside.exists() and final.parent.is_dir():
+            raise  # about something else
         raise CheckpointNotWritten(_why_not_written(final, beside, error)) from error
     finally:
         beside.unlink(missing_ok=True)

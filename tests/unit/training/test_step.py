@@ -17,13 +17,6 @@ from fairchem_dens.training import finite
 Trainer = Callable[..., Any]
 
 
-@pytest.fixture
-def settings(run_settings: dict[str, Any]) -> dict[str, Any]:
-    run_settings["logger"] = "none"
-    run_settings["model"] = {"name": "toy_model.ToyDeNS"}
-    return run_settings
-
-
 def sick_in(trainer: Any, *steps: int, by: float = float("nan")) -> None:
     """Make the model's vectors sick in some steps, for a free atom of the first structure."""
 
