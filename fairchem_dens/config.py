@@ -15,6 +15,7 @@ from typing import Any
 from fairchem_dens.corruption import Corruption
 from fairchem_dens.keys import NOISE
 from fairchem_dens.objective import NoiseLoss
+from fairchem_dens.training.settings import KEYS as STEP_KEYS
 from fairchem_dens.validation import nearest, refuse_unknown_keys, require_mapping, require_number
 
 TRANSFORM_NAMES = ("dens", "fairchem_dens.transforms.dens")
@@ -53,8 +54,9 @@ _OPTIM_KEYS = (
     "eval_every",
     "checkpoint_every",
     "load_datasets_and_model_then_exit",
+    *STEP_KEYS,
 )
-"""What fairchem reads of ``optim`` where the schedule is under ``scheduler_params``."""
+"""What is read of ``optim`` where the schedule is under ``scheduler_params``."""
 _LOSS_NAMES = {"loss_energy": "energy", "loss_force": "forces", "loss_forces": "forces"}
 """Where YAMLs from before ``loss_functions`` named the losses, and of which target."""
 _VARIABLE = re.compile(r"\$\$|\$\{(?P<braced>\w+)(?::-(?P<default>[^}]*))?\}|\$(?P<plain>[A-Za-z_]\w*)")

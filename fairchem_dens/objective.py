@@ -10,7 +10,7 @@ Source: arXiv 2403.09549, equations 2 to 5 and section 3.3.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -128,6 +128,58 @@ def per_atom(loss: Tensor) -> Tensor:
     return loss if loss.dim() == 1 else loss.flatten(1).mean(dim=1)
 
 
+class Errors(NamedTuple):
+    """The errors of one target, before they are summed up.
+
+    Attributes:
+        values: (rows,) or (rows, D).
+        mask: (rows,) bool, which rows count; None if all do.
+        coefficient: λ of the target.
+        mean: whether the loss is a mean over what counts on all ranks, or a sum.
+    """
+
+    values: Tensor
+    mask: Tensor | None
+    coefficient: float
+    mean: bool = True
+
+
+def sum_of_losses(
+    errors: Sequence[Errors],
+    *,
+    sum_over_ranks: Callable[[Tensor], Tensor] = lambda counts: counts,
+    num_ranks: int = 1,
+) -> Tensor:
+    """Return the sum of the losses of several targets.
+
+    Args:
+        errors: of each target, at least one.
+        sum_over_ranks: adds up a tensor of counts over all ranks. Every rank must call it, with any number of
+            rows.
+        num_ranks: number of ranks whose gradients are averaged.
+
+    Returns:
+        A scalar. Averaged over ranks it is the loss of the global batch, as far as that is one of means.
+    """
+    totals, counts = [], []
+    for values, mask, coefficient, _ in errors:
+        width = values[0].numel() if len(values) else 1
+        if mask is None:
+            total, count = values.sum(), torch.full((), len(values), device=values.device)
+        else:
+            total = _masked_sum(values if values.dim() == 1 else values.flatten(1).sum(dim=1), mask)
+            count = mask.sum()
+        totals.append(coefficient * total)
+        counts.append(count * width)
+    over_ranks = sum_over_ranks(torch.stack(counts)).clamp(min=1)
+    return torch.stack(
+        [
+            total * num_ranks / count if error.mean else total
+            for error, total, count in zip(errors, totals, over_ranks.unbind(), strict=True)
+        ]
+    ).sum()
+
+
 def force_and_noise_loss(
     force_errors: Tensor,
     noise_errors: Tensor,
@@ -166,10 +218,10 @@ def force_and_noise_loss(
 
 
 class Mean(NamedTuple):
-    """A mean that is still to be taken: both are scalar tensors."""
+    """A mean that is still to be taken: scalars, on the device or known on the host."""
 
-    total: Tensor
-    numel: Tensor
+    total: Tensor | float
+    numel: Tensor | float
 
 
 def denoising_metrics(

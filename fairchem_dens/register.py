@@ -13,6 +13,7 @@ import fairchem_dens
 from fairchem_dens.data.dens_lmdb import DeNSLmdbDataset
 from fairchem_dens.models import EquiformerDeNS, EquiformerV2DeNS, ESCNDeNS
 from fairchem_dens.trainer import DeNSTrainer
+from fairchem_dens.training.loggers import NoLogger
 from fairchem_dens.transforms import dens
 
 for _name in ("dens", "denoising_forces"):
@@ -20,6 +21,7 @@ for _name in ("dens", "denoising_forces"):
 registry.register_model("equiformer_v2_dens")(EquiformerV2DeNS)
 registry.register_model("escn_dens")(ESCNDeNS)
 registry.register_model("equiformer_dens")(EquiformerDeNS)
+registry.register_logger("none")(NoLogger)
 registry.register_dataset("dens_lmdb")(DeNSLmdbDataset)
 
 # fairchem has no registry of transforms: it evaluates the YAML key as an expression in this module.

@@ -13,22 +13,24 @@ import dataclasses
 import datetime
 import logging
 import signal
-import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from fairchem.core.common import distutils
 from fairchem.core.models.equiformer_v2.trainers.forces_trainer import EquiformerV2ForcesTrainer
-from fairchem.core.modules.exponential_moving_average import ExponentialMovingAverage
 from fairchem.core.modules.normalization.element_references import create_element_references
 from fairchem.core.modules.normalization.normalizer import create_normalizer
 from torch import Tensor
 
 from fairchem_dens import checkpoints
 from fairchem_dens.checkpoints.fine_tuning import CHECKPOINT, WHERE, FineTuning
+from fairchem_dens.errors import CheckpointNotWritten
 from fairchem_dens.randomness import derived_seed
 from fairchem_dens.relaxation import complete_trajectories
+from fairchem_dens.training.interrupts import Interrupts
+from fairchem_dens.training.moving_average import ForeachAverage
 
 
 class ResumableTrainer(EquiformerV2ForcesTrainer):
@@ -39,10 +41,15 @@ class ResumableTrainer(EquiformerV2ForcesTrainer):
     step: int
     epoch: float
     ema: Any
+    logger: Any
+    evaluator: Any
+    clip_grad_norm: float | None
+    output_targets: dict[str, dict[str, Any]]
 
+    in_training = False
+    """Whether `train` is under way, so that there is a state of a run to save."""
     _updating = False
     """Whether the optimizer is changing the weights, which then belong to no step."""
-    _stop_requested = False
     _step_of_weights = 0
     """The step whose update the weights hold; fairchem counts a step before it is made."""
     _step_of_file = -1
@@ -69,6 +76,7 @@ class ResumableTrainer(EquiformerV2ForcesTrainer):
         if self.fine_tuning is not None:
             self.config["fairchem_dens"]["fine_tuned_from"] = dataclasses.asdict(self.fine_tuning)
         self.seed: int = self.config["cmd"]["seed"]
+        self._interrupts = Interrupts(self._save_and_stop)
         super().load(inference_only)
 
     def load_optimizer(self) -> None:
@@ -79,32 +87,62 @@ class ResumableTrainer(EquiformerV2ForcesTrainer):
     def load_extras(self) -> None:
         """Build schedule, clipping and moving average."""
         optim = self.config["optim"]
-        if "scheduler_params" not in optim:
+        if "scheduler_params" in optim:
+            # fairchem turns epochs into steps in place; a warm-up that rounds to no step would divide by
+            # zero.
+            params = optim["scheduler_params"] = copy.deepcopy(optim["scheduler_params"])
+            if self.train_loader is not None and "warmup_epochs" in params:
+                one_step = (1 + 1e-9) / len(self.train_loader)
+                params["warmup_epochs"] = max(params["warmup_epochs"], one_step)
+            super().load_extras()
+        else:
             super(EquiformerV2ForcesTrainer, self).load_extras()
-            return
-        # fairchem turns epochs into steps in place; a warm-up that rounds to no step would divide by zero.
-        params = optim["scheduler_params"] = copy.deepcopy(optim["scheduler_params"])
-        if self.train_loader is not None and "warmup_epochs" in params:
-            one_step = (1 + 1e-9) / len(self.train_loader)
-            params["warmup_epochs"] = max(params["warmup_epochs"], one_step)
-        super().load_extras()
+        if self.ema is not None:
+            self.ema = ForeachAverage(self.model.parameters(), self.ema_decay)
 
     def train(self, disable_eval_tqdm: bool = False) -> None:
-        """Train to the end, which always leaves a checkpoint, or to SIGTERM, which does too.
+        """Train to the end, which always leaves a checkpoint; a signal or an error on the way does too.
 
         Raises:
             FileNotFoundError: the checkpoint to fine-tune from does not exist.
             ValueError: it does not fit; or a checkpoint was loaded that holds no run to resume.
+            CheckpointNotWritten: there is no room for a checkpoint, or another reason not to write one.
         """
         if distutils.is_master() and not self.is_debug:
             checkpoints.remove_unfinished(self.config["cmd"]["checkpoint_dir"])
-        with self._checkpoint_on_sigterm():
-            self._start()
-            self._repeat_interrupted_evaluation(disable_eval_tqdm)
-            super().train(disable_eval_tqdm=disable_eval_tqdm)
-            # fairchem writes a file every `eval_every` steps, which a short run may never reach.
-            if self._step_of_file != self.step:
-                self.save(checkpoint_file="checkpoint.pt", training_state=True)
+        self._start()
+        self.in_training = True
+        try:
+            with self._interrupts.watched(), self._last_step_kept():
+                self._run(disable_eval_tqdm)
+        finally:
+            self.in_training = False
+
+    def _run(self, disable_eval_tqdm: bool) -> None:
+        self._repeat_interrupted_evaluation(disable_eval_tqdm)
+        super().train(disable_eval_tqdm=disable_eval_tqdm)
+        # fairchem writes a file every `eval_every` steps, which a short run may never reach.
+        if self._step_of_file != self.step:
+            self.save(checkpoint_file="checkpoint.pt", training_state=True)
+
+    @contextlib.contextmanager
+    def _last_step_kept(self) -> Iterator[None]:
+        """Whatever ends the run inside this block, the last complete step is in a file before."""
+        try:
+            yield
+        except (SystemExit, CheckpointNotWritten):
+            raise  # it has been written, or cannot be
+        except BaseException as error:
+            if not self._updating and self._step_of_weights > max(self._step_of_file, 0):
+                logging.error(
+                    f"{type(error).__name__}: {error}\nBefore this ends the run: writing a checkpoint of "
+                    f"step {self._step_of_weights}, the last complete one."
+                )
+                try:
+                    self.save(checkpoint_file="checkpoint.pt", training_state=True)
+                except Exception as second:  # the first error is the one to see
+                    logging.error(f"That failed as well: {type(second).__name__}: {second}")
+            raise
 
     def _start(self) -> None:
         """Resume what was loaded, fine-tune, or begin anew."""
@@ -127,7 +165,7 @@ class ResumableTrainer(EquiformerV2ForcesTrainer):
         start.check_normalizers(checkpoint["normalizers"], self.normalizers)
         checkpoints.load(checkpoints.predicting_weights(checkpoint), model)
         if self.ema is not None:
-            self.ema = ExponentialMovingAverage(self.model.parameters(), self.ema_decay)
+            self.ema = ForeachAverage(self.model.parameters(), self.ema_decay)
         if start.normalizers == CHECKPOINT:
             self._use_normalizers_of(checkpoint, file)
         average = "" if checkpoint.get("ema") is None else ", in their moving average"
@@ -181,13 +219,13 @@ class ResumableTrainer(EquiformerV2ForcesTrainer):
 
     def _begin_update(self, *_: Any) -> None:
         self._updating = True
+        self._interrupts.hold()
 
     def _backward(self, loss: Tensor) -> None:
         super()._backward(loss)
         self._step_of_weights = self.step
         self._updating = False
-        if self._stop_requested:
-            self._save_and_stop()
+        self._interrupts.release()
 
     def validate(self, split: str = "val", disable_tqdm: bool = False) -> Any:
         """Evaluate with averaged weights; see fairchem's trainer."""
@@ -226,6 +264,10 @@ class ResumableTrainer(EquiformerV2ForcesTrainer):
         Returns:
             Its path on the master rank. None elsewhere, and if the optimizer is just changing the weights:
             then the previous file stands.
+
+        Raises:
+            CheckpointNotWritten: the disk is full, or the file cannot be written for another reason; the
+                previous file stands.
         """
         if self._updating:
             logging.warning(
@@ -233,13 +275,13 @@ class ResumableTrainer(EquiformerV2ForcesTrainer):
             )
             return None
         self.config = checkpoints.plain(self.config)
-        with self._at_complete_step(), self._own_weights_back():
-            written = super().save(
-                checkpoints.plain(metrics), checkpoints.aside(checkpoint_file), training_state
-            )
-            if training_state:
-                self._step_of_file = self.step
-        return None if written is None else checkpoints.put_in_place(written, checkpoint_file)
+        final = Path(self.config["cmd"]["checkpoint_dir"]) / checkpoint_file
+        with checkpoints.replacing(final) as beside, self._at_complete_step(), self._own_weights_back():
+            written = super().save(checkpoints.plain(metrics), beside.name, training_state)
+            step = self.step
+        if training_state:
+            self._step_of_file = step
+        return None if written is None else str(final)
 
     @contextlib.contextmanager
     def _at_complete_step(self) -> Iterator[None]:
@@ -284,11 +326,17 @@ class ResumableTrainer(EquiformerV2ForcesTrainer):
             checkpoint = {**checkpoint, "state_dict": weights, "ema": None}
         elif getattr(self, "scheduler", None) is None:
             checkpoint = {**checkpoint, "scheduler": None}
+        if not inference_only:
+            checkpoint = self._take_state(checkpoint)
         super().load_checkpoint(checkpoint_path, checkpoint, inference_only)
         self._step_of_weights = self._step_of_file = self.step
         if not inference_only:
             self._loaded_from, self._loaded_state_of_run = str(checkpoint_path), "optimizer" in checkpoint
             self._catch_up_scheduler()
+
+    def _take_state(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
+        """Take what fairchem does not know out of a checkpoint; return it as fairchem is to load it."""
+        return checkpoint
 
     def _catch_up_scheduler(self) -> None:
         """Bring the schedule to `self.step`: fairchem writes the file before it advances the schedule."""
@@ -298,26 +346,11 @@ class ResumableTrainer(EquiformerV2ForcesTrainer):
         while scheduler.last_epoch < self.step:
             scheduler.step()
 
-    @contextlib.contextmanager
-    def _checkpoint_on_sigterm(self) -> Iterator[None]:
-        """On SIGTERM write a checkpoint and stop; a handler that somebody else (submitit) installed stays."""
-        usable = threading.current_thread() is threading.main_thread()
-        if not usable or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-            yield
-            return
-        signal.signal(signal.SIGTERM, self._on_sigterm)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-    def _on_sigterm(self, _signal: int, _frame: Any) -> None:
-        if self._updating:
-            self._stop_requested = True
+    def _save_and_stop(self, number: int) -> None:
+        name = signal.Signals(number).name
+        if self._step_of_weights > 0:
+            logging.warning(f"{name}: writing a checkpoint of step {self._step_of_weights} and stopping.")
+            self.save(checkpoint_file="checkpoint.pt", training_state=True)
         else:
-            self._save_and_stop()
-
-    def _save_and_stop(self) -> None:
-        logging.warning(f"SIGTERM: writing a checkpoint of step {self._step_of_weights} and stopping.")
-        self.save(checkpoint_file="checkpoint.pt", training_state=True)
-        raise SystemExit(128 + signal.SIGTERM)
+            logging.warning(f"{name}: stopping; no step is complete yet.")
+        raise SystemExit(128 + number)

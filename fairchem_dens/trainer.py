@@ -9,10 +9,10 @@ from __future__ import annotations
 import importlib
 import inspect
 import logging
-import types
 from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 import torch
 from fairchem.core.common import distutils
@@ -20,19 +20,21 @@ from fairchem.core.common.registry import registry
 from fairchem.core.modules import transforms as fairchem_transforms
 from fairchem.core.modules.loss import DDPLoss
 from torch import Tensor
-from torch_geometric.data import Data
 
 from fairchem_dens import config, keys, objective, summary
 from fairchem_dens.checkpoints.fine_tuning import KEY as FINE_TUNING
 from fairchem_dens.checkpoints.fine_tuning import FineTuning
 from fairchem_dens.corruption import Corruption, batch_is_corrupted, corrupt
+from fairchem_dens.data import skipping
 from fairchem_dens.data.collate import collate
 from fairchem_dens.data.labels import check_labels_agree
 from fairchem_dens.data.reader import with_our_readers
 from fairchem_dens.data.references import ReferenceGuard, check_settings, origins
 from fairchem_dens.models.inputs import check_atomic_numbers
 from fairchem_dens.models.weight_decay import kept_from_decay
-from fairchem_dens.resumable import ResumableTrainer
+from fairchem_dens.objective import Mean
+from fairchem_dens.training.precision import single
+from fairchem_dens.training.step import StepTrainer
 from fairchem_dens.transforms import ArmedCorruption
 from fairchem_dens.validation import nearest
 
@@ -42,15 +44,7 @@ DOTTED_NAME = "fairchem_dens.trainer.DeNSTrainer"
 _NUM_SAMPLED = 64
 
 
-class _OnHost(NamedTuple):
-    """What is known about the batch in flight without asking the device."""
-
-    sizes: list[int]
-    has_free_atoms: list[bool]
-    corrupted: list[bool] | None
-
-
-class DeNSTrainer(ResumableTrainer):
+class DeNSTrainer(StepTrainer):
     """Trains any energy-and-force model of fairchem; a force-conditioned one with DeNS, if the YAML says so.
 
     Takes the arguments of fairchem's trainers. DeNS is switched on by ``dataset.train.transforms.dens``
@@ -60,10 +54,6 @@ class DeNSTrainer(ResumableTrainer):
         ValueError: a setting is unknown, impossible or contradicts another; names its YAML key.
         FileNotFoundError: a data folder does not exist.
     """
-
-    # Set by fairchem, which does not annotate them.
-    loss_functions: list[tuple[str, dict[str, Any]]]
-    elementrefs: dict[str, Any]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # A dotted trainer name reaches this class without anything having been registered.
@@ -84,7 +74,6 @@ class DeNSTrainer(ResumableTrainer):
         given["model"] = self._model_settings(model)
 
         self.corruption: Corruption | None = None
-        self._in_flight: tuple[Any, _OnHost] | None = None
         self._reference_guards: dict[str, ReferenceGuard] = {}
         super().__init__(**given)
 
@@ -115,13 +104,6 @@ class DeNSTrainer(ResumableTrainer):
         if not inference_only and self.train_dataset is not None and distutils.is_master():
             self._say_what_will_happen()
 
-    def load_logger(self) -> None:
-        """Open the logger; ``logger: none`` opens none, which fairchem has no name for."""
-        if self.config["logger"] == "none":
-            self.logger = None
-        else:
-            super().load_logger()
-
     def load_datasets(self) -> None:
         """Open the data and arm the corruption on the train split.
 
@@ -141,6 +123,7 @@ class DeNSTrainer(ResumableTrainer):
         config.check_sources({name: {**inherited, **settings} for name, settings in splits.items()})
         check_labels_agree(splits)
         self._load_with_our_readers()
+        self._list_skipped_records()
         if self.train_dataset is not None:
             self._arm_corruption()
 
@@ -158,11 +141,25 @@ class DeNSTrainer(ResumableTrainer):
         finally:
             self.config.update(written)
 
+    def _list_skipped_records(self) -> None:
+        """Let all processes that read the train split keep one list of what they skip."""
+        dataset = _innermost(self.train_dataset)
+        if getattr(dataset, "skip_bad_records", False) and not self.is_debug:
+            folder = Path(self.config["cmd"]["results_dir"]) / skipping.FOLDER
+            dataset.skipped = skipping.SkippedRecords(folder, distutils.get_rank())
+
+    def train(self, disable_eval_tqdm: bool = False) -> None:
+        """Train; see `StepTrainer` and `ResumableTrainer`."""
+        try:
+            super().train(disable_eval_tqdm=disable_eval_tqdm)
+        finally:
+            skipped = getattr(_innermost(self.train_dataset), "skipped", None)
+            if skipped is not None and distutils.is_master() and (said := skipped.summary()):
+                logging.warning(said)
+
     def _arm_corruption(self) -> None:
         """Put the corruption where the settings of ``dens`` stand, on the train split alone."""
-        dataset = self.train_dataset
-        while hasattr(dataset, "dataset"):
-            dataset = dataset.dataset
+        dataset = _innermost(self.train_dataset)
         settings = getattr(getattr(dataset, "transforms", None), "config", None) or {}
         name = config.dens_name(settings)
         if name is None:
@@ -245,8 +242,6 @@ class DeNSTrainer(ResumableTrainer):
             super().load_loss()
         finally:
             self.config["loss_functions"] = written
-        for _, info in self.loss_functions:
-            info["fn"]._ddp_mean = types.MethodType(_mean_of_anything, info["fn"])
         if self.corruption is None or self.noise_loss is None:
             return
         forces = dict(self.loss_functions).get(keys.FORCES)
@@ -352,7 +347,6 @@ class DeNSTrainer(ResumableTrainer):
         check_atomic_numbers(batch, getattr(self._unwrapped_model, "max_num_elements", 1 << 30))
         for guard in self._reference_guards.values():
             guard.check(batch)
-        self._in_flight = batch, _look_at(batch)
         raw: dict[str, Tensor] = {}
         watch = self.model.register_forward_hook(lambda _module, _inputs, outputs: raw.update(outputs))
         try:
@@ -360,7 +354,7 @@ class DeNSTrainer(ResumableTrainer):
         finally:
             watch.remove()
         if keys.NOISE in raw:
-            outputs[keys.NOISE] = raw[keys.NOISE]
+            outputs |= single({keys.NOISE: raw[keys.NOISE]})
         return outputs
 
     def _toss_coin_of_batch(self, batch: Any) -> None:
@@ -372,37 +366,37 @@ class DeNSTrainer(ResumableTrainer):
         for key in (keys.POS, *keys.DENS_FIELDS):
             batch[key] = noisy[key]
 
-    def _compute_loss(self, out: dict[str, Tensor], batch: Any) -> Tensor:
+    def _loss(self, out: Mapping[str, Tensor], batch: Any) -> Tensor:
         if self.corruption is None or keys.NOISE_MASK not in batch:
-            return super()._compute_loss(out, batch)
+            return super()._loss(out, batch)
         _require_noise(out, self._unwrapped_model)
-        losses = self.loss_functions
-        self.loss_functions = [entry for entry in losses if entry[0] != keys.FORCES]
-        try:
-            others = super()._compute_loss(out, batch)
-        finally:
-            self.loss_functions = losses
-        return others + self._force_and_noise_loss(out, batch)
+        others = [target for target, _ in self.loss_functions if target != keys.FORCES]
+        loss = self._force_and_noise_loss(out, batch)
+        return loss + self._sum_of_losses(out, batch, others) if others else loss
 
-    def _force_and_noise_loss(self, out: dict[str, Tensor], batch: Any) -> Tensor:
+    def _force_and_noise_loss(self, out: Mapping[str, Tensor], batch: Any) -> Tensor:
         assert self.corruption is not None and self.noise_loss is not None
         forces = dict(self.loss_functions)[keys.FORCES]
-        force_target = batch[keys.FORCES]
-        if keys.FORCES in self.normalizers:
-            force_target = self.normalizers[keys.FORCES].norm(force_target)
+        force_target = self._normalized(keys.FORCES, batch[keys.FORCES], batch)
         noise_target = batch[keys.NOISE_VEC] / self.corruption.noise_scale
         natoms = batch[keys.NATOMS]
-        epoch = (self.step - 1) // len(self.train_loader)
         return objective.force_and_noise_loss(
             objective.per_atom(forces["fn"].loss_fn(out[keys.FORCES], force_target, natoms)),
             objective.per_atom(self._noise_error(out[keys.NOISE], noise_target, natoms)),
             self._atoms(batch, "train_on_free_atoms"),
             force_coefficient=forces["coefficient"],
-            noise_coefficient=self.noise_loss.coefficient_at(epoch, self.config["optim"]["max_epochs"]),
+            noise_coefficient=self._noise_coefficient,
             reduction=self.noise_loss.reduction,
-            sum_over_ranks=lambda counts: distutils.all_reduce(counts, device=self.device),
+            sum_over_ranks=self._sum_over_ranks,
             num_ranks=distutils.get_world_size(),
         )
+
+    @property
+    def _noise_coefficient(self) -> float:
+        """λ_N in the epoch of the step."""
+        assert self.noise_loss is not None
+        epoch = (self.step - 1) // len(self.train_loader)
+        return self.noise_loss.coefficient_at(epoch, self.config["optim"]["max_epochs"])
 
     def _atoms(self, batch: Any, rule: str) -> objective.SupervisedAtoms:
         assert self.corruption is not None
@@ -413,71 +407,51 @@ class DeNSTrainer(ResumableTrainer):
             all_atoms=self.corruption.all_atoms,
         )
 
-    def _compute_metrics(
-        self, out: dict[str, Tensor], batch: Any, evaluator: Any, metrics: dict[str, Any] | None = None
-    ) -> dict[str, Any]:
-        metrics = {} if metrics is None else metrics
-        known, host = self._in_flight if self._in_flight is not None else (None, None)
-        if host is None or known is not batch:
-            host = _look_at(batch)
-        chosen = list(range(len(host.sizes)))
-        if host.corrupted is not None:
-            if any(host.corrupted):
-                self._update_denoising_metrics(out, batch, evaluator, metrics)
-            chosen = [index for index in chosen if not host.corrupted[index]]
-        if self.output_targets.get(keys.FORCES, {}).get("eval_on_free_atoms", True):
-            # fairchem takes the largest error over the free atoms of each structure; without one there is
-            # nothing to take.
-            chosen = [index for index in chosen if host.has_free_atoms[index]]
-        if not chosen:
-            return metrics
-        out = {name: value for name, value in out.items() if name != keys.NOISE}
-        if len(chosen) < len(host.sizes):
-            out, batch = self._select(out, batch, host.sizes, chosen)
-        return super()._compute_metrics(out, batch, evaluator, metrics)
+    # ------------------------------------------------------------------ metrics
 
-    def _update_denoising_metrics(
-        self, out: dict[str, Tensor], batch: Any, evaluator: Any, metrics: dict[str, Any]
-    ) -> None:
-        assert self.corruption is not None
+    def _counted(self, batch: Any) -> Tensor:
+        """Structures that were not corrupted; the others have metrics of their own."""
+        counted = super()._counted(batch)
+        return counted & ~batch[keys.CORRUPTED] if keys.CORRUPTED in batch else counted
+
+    def _measure(self, out: Mapping[str, Tensor], batch: Any, evaluator: Any) -> dict[str, Mean]:
+        means = super()._measure(out, batch, evaluator)
+        if self.corruption is None or keys.CORRUPTED not in batch:
+            return means
         _require_noise(out, self._unwrapped_model)
 
         def physical(target: str) -> Tensor:
-            return self._denorm_preds(target, out[target].detach(), batch)
+            return self._denorm_preds(target, out[target].detach(), self._sized(batch))
 
-        means = objective.denoising_metrics(
+        corrupted = batch[keys.CORRUPTED]
+        return means | objective.denoising_metrics(
             energy=(physical(keys.ENERGY), batch[keys.ENERGY]),
             forces=(physical(keys.FORCES), batch[keys.FORCES]),
             noise=(out[keys.NOISE].detach() * self.corruption.noise_scale, batch[keys.NOISE_VEC]),
             atoms=self._atoms(batch, "eval_on_free_atoms"),
-            corrupted=batch[keys.CORRUPTED],
+            corrupted=corrupted,
             batch=batch[keys.BATCH],
         )
-        # One transfer for all of them.
-        numbers = torch.stack([value.double() for mean in means.values() for value in mean]).tolist()
-        for name, total, numel in zip(means, numbers[::2], numbers[1::2], strict=True):
-            if numel:
-                evaluator.update(name, {"total": total, "numel": int(numel)}, metrics)
 
-    def _select(
-        self, out: dict[str, Tensor], batch: Any, sizes: list[int], chosen: list[int]
-    ) -> tuple[dict[str, Tensor], Any]:
-        """Return predictions and batch of some structures, with what fairchem's metrics read."""
-        starts = [sum(sizes[:index]) for index in range(len(sizes))]
-        ranges = [torch.arange(starts[index], starts[index] + sizes[index]) for index in chosen]
-        structures = torch.tensor(chosen).to(self.device, non_blocking=True)
-        atoms = torch.cat(ranges).to(self.device, non_blocking=True)
+    def _measure_for_print(self, out: Mapping[str, Tensor], batch: Any) -> dict[str, Mean]:
+        means = super()._measure_for_print(out, batch)
+        if self.corruption is None or keys.CORRUPTED not in batch:
+            return means
+        corrupted = batch[keys.CORRUPTED]
+        on_atoms = corrupted[batch[keys.BATCH]]
+        sigmas = torch.where(on_atoms, batch[keys.SIGMAS].reshape(-1), 0.0)
+        structures = torch.ones_like(corrupted, dtype=torch.float64).sum()
+        return means | {
+            "noise_std_A": Mean(sigmas.sum(), on_atoms.sum()),
+            "corrupted_share": Mean(corrupted.sum(), structures),
+        }
 
-        def rows(target: str, value: Tensor) -> Tensor:
-            return value[atoms if self.output_targets[target]["level"] == "atom" else structures]
-
-        selected = Data(
-            natoms=batch[keys.NATOMS][structures],
-            batch=torch.repeat_interleave(torch.tensor([len(r) for r in ranges])).to(self.device),
-            **{key: batch[key][atoms] for key in (keys.FIXED, keys.ATOMIC_NUMBERS)},
-            **{target: rows(target, batch[target]) for target in self.output_targets},
-        )
-        return {target: rows(target, value) for target, value in out.items()}, selected
+    def _printed(self, means: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        printed = super()._printed(means)
+        if self.corruption is not None:
+            printed["noise_prob"] = {"metric": self.corruption.prob}
+            printed["noise_coefficient"] = {"metric": self._noise_coefficient}
+        return printed
 
 
 def _without_fine_tuning(model: Mapping[str, Any]) -> tuple[FineTuning | None, dict[str, Any]]:
@@ -499,32 +473,20 @@ def _register(_worker: int = 0) -> None:
     importlib.import_module("fairchem_dens.register")
 
 
+def _innermost(dataset: Any) -> Any:
+    """The data set itself, without those that choose from it."""
+    while hasattr(dataset, "dataset"):
+        dataset = dataset.dataset
+    return dataset
+
+
 def _places(dataset: Any) -> list[int]:
     """Some indices from all over a data set."""
     count = min(_NUM_SAMPLED, len(dataset))
     return torch.linspace(0, len(dataset) - 1, count).long().tolist()  # type: ignore[no-any-return]
 
 
-def _mean_of_anything(loss_fn: DDPLoss, num_samples: int, loss: Tensor) -> Tensor:
-    """Mean over all ranks as fairchem takes it, except that a mean over nothing is 0 and not nan."""
-    count = distutils.all_reduce(num_samples, device=loss.device)
-    return loss * distutils.get_world_size() / max(count, 1)
-
-
-def _look_at(batch: Any) -> _OnHost:
-    """Read sizes and flags of a batch; in training it is still on the host then."""
-    sizes = torch.as_tensor(batch[keys.NATOMS]).reshape(-1).cpu()
-    if keys.FIXED in batch:
-        free = (batch[keys.FIXED] == 0).cpu().long()
-        structure = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
-        has_free = torch.zeros(len(sizes), dtype=torch.long).index_add_(0, structure, free) > 0
-    else:
-        has_free = torch.ones(len(sizes), dtype=torch.bool)
-    corrupted = batch[keys.CORRUPTED].tolist() if keys.CORRUPTED in batch else None
-    return _OnHost(sizes.tolist(), has_free.tolist(), corrupted)
-
-
-def _require_noise(out: dict[str, Tensor], model: Any) -> None:
+def _require_noise(out: Mapping[str, Tensor], model: Any) -> None:
     if keys.NOISE not in out:
         raise ValueError(
             f"The model {type(model).__name__} does not predict noise, so it cannot be trained with DeNS. "

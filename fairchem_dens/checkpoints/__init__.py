@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 from fairchem_dens.checkpoints.files import (
-    aside,
     plain,
-    put_in_place,
     read,
     read_as_written,
     remove_unfinished,
+    replacing,
     write,
 )
 from fairchem_dens.checkpoints.fit import load, require_fit
 from fairchem_dens.checkpoints.versions import CHECKPOINT_VERSION, mark, upgraded, version_of
 from fairchem_dens.checkpoints.weights import average_of, predicting_weights, trained_names, weights_of
+from fairchem_dens.errors import CheckpointNotWritten
 
 __all__ = [
     "CHECKPOINT_VERSION",
-    "aside",
+    "CheckpointNotWritten",
     "average_of",
     "load",
     "mark",
     "plain",
     "predicting_weights",
-    "put_in_place",
     "read",
     "read_as_written",
     "remove_unfinished",
+    "replacing",
     "require_fit",
     "trained_names",
     "upgraded",

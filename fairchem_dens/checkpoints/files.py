@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import _codecs
+import errno
 import os
 import pathlib
 import re
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +19,7 @@ import torch
 
 from fairchem_dens.checkpoints.versions import CHECKPOINT_VERSION, upgraded, version_of
 from fairchem_dens.data.folder import refuse_existing
+from fairchem_dens.errors import CheckpointNotWritten
 
 _ASIDE = ".aside-"
 
@@ -37,10 +40,70 @@ def put_in_place(written: str | Path, file_name: str) -> str:
         The final path.
     """
     final = Path(written).with_name(file_name)
-    with Path(written).open("rb") as file:
-        os.fsync(file.fileno())
+    _on_disk(Path(written))
     Path(written).replace(final)
+    _on_disk(final.parent)  # the new name as well
     return str(final)
+
+
+def _on_disk(path: Path) -> None:
+    """Wait until a file or folder would survive a power failure."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        # Some file systems do not know this for folders; of a file it says that the data are not there.
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def replacing(final: str | Path) -> Iterator[Path]:
+    """Give a path to write a checkpoint to, which takes the place of another one once it is complete.
+
+    After an exception the other one is as it was, and nothing is left of the new one. A block that writes
+    nothing changes nothing.
+
+    Args:
+        final: path of the checkpoint.
+
+    Yields:
+        A path in the same folder.
+
+    Raises:
+        CheckpointNotWritten: the disk is full, or writing failed for another reason.
+    """
+    final = Path(final)
+    beside = final.with_name(aside(final.name))
+    try:
+        yield beside
+        if beside.exists():
+            put_in_place(beside, final.name)
+    except (OSError, RuntimeError) as error:
+        # torch writes in C++ and raises a RuntimeError that does not say why.
+        if not isinstance(error, OSError) and not beside.exists() and final.parent.is_dir():
+            raise  # about something else
+        raise CheckpointNotWritten(_why_not_written(final, beside, error)) from error
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _why_not_written(final: Path, beside: Path, error: Exception) -> str:
+    size = beside.stat().st_size if beside.exists() else 0
+    try:
+        free = shutil.disk_usage(final.parent).free
+    except OSError:
+        free = None
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or (free is not None and free < size)
+    reason = "the disk is full" if full else f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    room = "" if free is None else f", {free / 2**20:.1f} MiB free"
+    stands = "The file that was there before is as it was" if final.exists() else "There was none before"
+    return (
+        f"'{final}' could not be written: {reason} ({size / 2**20:.1f} MiB were written{room}). {stands}. "
+        "Make room, and start the run again: it goes on from its last checkpoint."
+    )
 
 
 def remove_unfinished(folder: str | Path) -> None:
@@ -55,17 +118,14 @@ def write(checkpoint: dict[str, Any], path: str | Path) -> None:
     Raises:
         FileExistsError: there is a file of that name.
         FileNotFoundError: its folder does not exist.
+        CheckpointNotWritten: see `replacing`.
     """
     path = Path(path)
     refuse_existing(path)
     if not path.absolute().parent.is_dir():
         raise FileNotFoundError(f"There is no folder '{path.parent}' to write '{path.name}' into.")
-    beside = path.with_name(aside(path.name))
-    try:
+    with replacing(path) as beside:
         torch.save(plain(checkpoint), beside)
-        put_in_place(beside, path.name)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def read(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:

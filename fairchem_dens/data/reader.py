@@ -6,6 +6,7 @@ unless they ask for ``format: fairchem_dens.data.reader.LazyLmdbDataset``.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -31,10 +32,14 @@ from fairchem_dens.data.records import (
     as_data,
     tidy,
 )
+from fairchem_dens.data.skipping import SkippedRecords
+from fairchem_dens.errors import UnreadableRecord
 from fairchem_dens.transforms import dens
 
 _READ_BY_TRAINERS = ("normalizer", "element_references")
 """What stands among the transforms and is none."""
+_MOST_IN_A_ROW = 1000
+"""Bad records one behind the other; more are no accident."""
 
 
 class LmdbReader(BaseDataset):
@@ -44,8 +49,9 @@ class LmdbReader(BaseDataset):
 
     Args:
         config: fairchem's settings (``src`` is a folder of LMDBs or one file; ``shard`` and ``total_shards``;
-            ``metadata_path``, ``max_atoms``, ``subset_to``, ``key_mapping``, ``transforms``), and
-            ``keep_graph``: False leaves out stored edges (default True).
+            ``metadata_path``, ``max_atoms``, ``subset_to``, ``key_mapping``, ``transforms``),
+            ``keep_graph``: False leaves out stored edges (default True), and ``skip_bad_records``: True puts
+            the next readable structure in the place of one that cannot be read (default False).
 
     Raises:
         FileNotFoundError: ``src`` does not exist, or is a folder without LMDBs.
@@ -75,11 +81,21 @@ class LmdbReader(BaseDataset):
         self.transforms = _Transforms(config.get("transforms") or {})
         if config.get("max_atoms") is not None or config.get("subset_to"):
             self._require_metadata()
+        self.skip_bad_records = config.get("skip_bad_records", False)
+        if not isinstance(self.skip_bad_records, bool):
+            raise ValueError(
+                f"'dataset.*.skip_bad_records' must be True or False, found {self.skip_bad_records!r}."
+            )
+        self.skipped = SkippedRecords()
         self.layout = self._layout()
         self.files.close()
 
     def __getitem__(self, index: int) -> Data:
-        data = self._structure(*self.files.locate(self._chosen[index]))
+        place = self._chosen[index]
+        if self.skip_bad_records:
+            data = self._next_readable(index if index >= 0 else index + len(self._chosen))
+        else:
+            data = self._structure(*self.files.locate(place))
         data = self.transforms(data)
         if self.key_mapping is not None:
             data = rename_data_object_keys(data, self.key_mapping)
@@ -135,10 +151,36 @@ class LmdbReader(BaseDataset):
         fields["id"] = f"{file}_{record}"
         return as_data(fields)
 
+    def _next_readable(self, index: int) -> Data:
+        """Return a structure, or the first one behind it that can be read: the same one at any time.
+
+        Raises:
+            UnreadableRecord: so many in a row cannot be read that something else must be wrong.
+        """
+        for behind in range(_MOST_IN_A_ROW):
+            try:
+                return self._structure(*self.files.locate(self._chosen[(index + behind) % len(self._chosen)]))
+            except UnreadableRecord as record:
+                self.skipped.note(record)
+                last = record
+        raise UnreadableRecord(
+            f"{_MOST_IN_A_ROW} records in a row cannot be read, so 'dataset.train.skip_bad_records' does not "
+            f"help. The last one: {last}",
+            last.place,
+            last.problem,
+        )
+
+    def _first_fields(self, file: int, count: int) -> Fields:
+        """Return the fields of the first structure of a file, or of the first readable one."""
+        for record in range(min(count, _MOST_IN_A_ROW) if self.skip_bad_records else 0):
+            with contextlib.suppress(UnreadableRecord):
+                return self._fields(file, record)
+        return self._fields(file, 0)
+
     def _layout(self) -> Layout:
         """Look at the first record of each file."""
         firsts = {
-            env.path: self._fields(file, 0)
+            env.path: self._first_fields(file, count)
             for file, (env, count) in enumerate(zip(self.files.envs, self.files.counts, strict=True))
             if count
         }
@@ -228,14 +270,29 @@ def with_our_readers(splits: Mapping[str, dict[str, Any]], *, keep_graph: bool) 
     Args:
         splits: fairchem's settings by split; all but ``train`` inherit from it unless they say otherwise.
         keep_graph: whether anybody reads edges that are stored.
+
+    Raises:
+        ValueError: bad records are to be skipped where that is not possible, or would change what is
+            measured.
     """
     replaced = {}
     for name, settings in splits.items():
         inherited = splits["train"] if settings.get("use_train_settings", True) else {}
         written = settings.get("format", inherited.get("format", "lmdb"))
         replaced[name] = settings
+        skip = settings.get("skip_bad_records", False)
+        if name != "train" and skip:
+            raise ValueError(
+                f"'dataset.{name}.skip_bad_records' would evaluate other structures than those of the data "
+                "set: repair or remove the bad records. It is for 'dataset.train' only."
+            )
+        if skip and written not in (*READERS, "dens_lmdb"):
+            raise ValueError(
+                f"'dataset.{name}.skip_bad_records' is for LMDB files, not for the format '{written}': "
+                "remove it."
+            )
         if settings and written in (*READERS, "dens_lmdb"):
-            own = {"format": READERS.get(written, written)}
+            own = {"format": READERS.get(written, written), "skip_bad_records": skip}
             replaced[name] = {"keep_graph": keep_graph, **settings, **own}
     return replaced
 

@@ -23,6 +23,7 @@ from torch_geometric.data import Data
 from fairchem_dens import keys
 from fairchem_dens.data import unpickle
 from fairchem_dens.data.environment import LazyEnvironment
+from fairchem_dens.errors import UnreadableRecord
 from fairchem_dens.shallow import with_fields
 
 Fields = dict[str, Any]
@@ -82,9 +83,12 @@ class RecordFiles:
         """Return the fields of a record as they are stored, without those that are None.
 
         Raises:
-            ValueError: the record is missing or does not unpickle; names file and record.
+            UnreadableRecord: the record is missing or does not unpickle; names file and record.
         """
-        stored = self.envs[file].get(str(record).encode("ascii"))
+        try:
+            stored = self.envs[file].get(str(record).encode("ascii"))
+        except ValueError as error:
+            raise self.error(file, record, f"cannot be read ({error}).") from error
         if stored is None:
             raise self.error(file, record, "is missing. Preprocess the file again, or remove it.")
         try:
@@ -96,11 +100,12 @@ class RecordFiles:
 
     def error(
         self, file: int, record: int, problem: str, fields: Mapping[str, Any] | None = None
-    ) -> ValueError:
+    ) -> UnreadableRecord:
         """Say where a bad structure stands."""
         ids = [f"{name} {fields[name]}" for name in (keys.SID, keys.FID) if fields and name in fields]
         said = ", ".join([*ids, f"id {file}_{record}"])
-        return ValueError(f"Record {record} of '{self.envs[file].path}' ({said}) {problem}")
+        where = f"ecord {record} of '{self.envs[file].path}'"
+        return UnreadableRecord(f"R{where} ({said}) {problem}", f"r{where}", problem)
 
     def close(self) -> None:
         """Let go of all files. The next use opens them again."""
