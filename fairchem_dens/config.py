@@ -40,6 +40,7 @@ _OPTIM_KEYS = (
     "batch_size",
     "eval_batch_size",
     "num_workers",
+    "local_num_workers",
     "load_balancing",
     "load_balancing_on_error",
     "lr_initial",

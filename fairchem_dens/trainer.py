@@ -30,6 +30,7 @@ from fairchem_dens.data.collate import collate
 from fairchem_dens.data.labels import check_labels_agree
 from fairchem_dens.data.reader import with_our_readers
 from fairchem_dens.data.references import ReferenceGuard, check_settings, origins
+from fairchem_dens.launch import workers as local_workers
 from fairchem_dens.models.inputs import check_atomic_numbers
 from fairchem_dens.models.weight_decay import kept_from_decay
 from fairchem_dens.objective import Mean
@@ -59,6 +60,12 @@ class DeNSTrainer(StepTrainer):
         # A dotted trainer name reaches this class without anything having been registered.
         _register()
         given = inspect.signature(super().__init__).bind(*args, **kwargs).arguments
+        if given.get("gp_gpus") is not None:
+            raise ValueError(
+                f"--gp-gpus {given['gp_gpus']}: graph parallelism is not supported by DeNSTrainer. The "
+                "conditioning on forces is not split over ranks, and ranks that share a structure would drop "
+                "out different parts of it. Remove --gp-gpus; each rank then has structures of its own."
+            )
         given["name"] = TASK
         given["seed"] = given.get("seed") or 0
         dataset = config.tidied(config.with_relax_dataset(given["dataset"], given["task"]))
@@ -70,6 +77,7 @@ class DeNSTrainer(StepTrainer):
         config.check_targets(ordinary, given["outputs"] or {})
         if given["optimizer"].get("load_balancing") is not None:
             given["optimizer"].setdefault("load_balancing_on_error", "warn_and_no_balance")
+        local_workers.check(given["optimizer"])
         self.fine_tuning, model = _without_fine_tuning(given["model"])
         given["model"] = self._model_settings(model)
 
@@ -187,6 +195,8 @@ class DeNSTrainer(StepTrainer):
     def get_dataloader(self, dataset: Any, sampler: Any, workers: int | None = None) -> Any:
         """Build a loader whose workers know the transform, also where they start from nothing."""
         self.collater = partial(collate, otf_graph=self.config["model"].get("otf_graph", False))
+        if workers is None:
+            workers = local_workers.of_local_rank(self.config["optim"], self.config["slurm"], dataset)
         loader = super().get_dataloader(dataset, sampler, workers=workers)
         loader.worker_init_fn = _register
         return loader

@@ -37,6 +37,10 @@ COMMANDS = {
         "fairchem_dens.cli.submission",
         "build and check files for the OC20 and OC22 leaderboards",
     ),
+    "submit": (
+        "fairchem_dens.cli.submit",
+        "submit a training job to SLURM, or show its global batch and its job script",
+    ),
 }
 """Name of each subcommand: its module and one line of help."""
 
@@ -63,7 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
     parser = build_parser(arguments)
-    args = parser.parse_args(arguments)
+    args, args.rest = parser.parse_known_args(arguments)
+    if args.rest and not getattr(args, "takes_the_rest", False):
+        parser.error(f"unrecognized arguments: {' '.join(args.rest)}")
     try:
         return int(args.run(args))
     except (ValueError, FileNotFoundError, FileExistsError) as error:
