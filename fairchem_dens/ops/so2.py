@@ -12,7 +12,7 @@ Source: arXiv 2302.03655, section 3.2; arXiv 2306.12059, section 4.1.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,9 @@ from fairchem_dens.ops.chunks import portions
 from fairchem_dens.ops.layout import Edges, Rows
 from fairchem_dens.ops.precision import product_dtype
 from fairchem_dens.ops.rotate import rotate_backward, rotate_forward
+
+Rotation = tuple[Callable[..., Tensor], Callable[..., Tensor]]
+"""A pair like `rotate_forward` and `rotate_backward`."""
 
 
 def real_weight(weight: Tensor) -> Tensor:
@@ -80,6 +83,7 @@ def rotate_and_convolve(
     weights: Sequence[Tensor],
     bias: Tensor,
     rows: Rows,
+    rotation: Rotation = (rotate_forward, rotate_backward),
 ) -> Tensor:
     """Radial weights, `rotate` and `convolve` in one, portion by portion.
 
@@ -101,7 +105,7 @@ def rotate_and_convolve(
         (E, ΣO_m), as `convolve` does; in autocast's precision where it is on.
     """
     return _RotateAndConvolve.apply(
-        x, edges, wigner, radial.hidden, radial.weight, radial.bias, rows, bias, *weights
+        x, edges, wigner, radial.hidden, radial.weight, radial.bias, rows, rotation, bias, *weights
     )
 
 
@@ -116,18 +120,19 @@ class _RotateAndConvolve(torch.autograd.Function):
         radial_weight: Tensor,
         radial_bias: Tensor,
         rows: Rows,
+        rotation: Rotation,
         bias: Tensor,
         *weights: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(x, wigner, hidden, radial_weight, radial_bias, bias, *weights)
-        ctx.edges, ctx.rows, ctx.dtype = edges, rows, product_dtype(x)
+        ctx.edges, ctx.rows, ctx.rotation, ctx.dtype = edges, rows, rotation, product_dtype(x)
         with torch.autocast(x.device.type, enabled=False):
             cast = _Cast(ctx.dtype, hidden, radial_weight, radial_bias, weights)
             sizes = [len(weight) for weight in weights]
             out = x.new_empty(len(edges), sum(sizes), dtype=ctx.dtype)
             for part in portions(len(edges), _bytes(x, rows), x.device, least=256):
                 scale = cast.scale(part, rows)
-                features = rotate_forward(
+                features = rotation[0](
                     x, edges.source[part], edges.target[part], wigner[part], scale, rows, ctx.dtype
                 ).flatten(1)
                 inputs = features.split([size * 2 * x.shape[2] for size in rows.sizes], dim=1)
@@ -151,7 +156,7 @@ class _RotateAndConvolve(torch.autograd.Function):
             grad_weights = [torch.zeros_like(weight) for weight in weights]
             for part in portions(len(edges), _bytes(x, rows), x.device, least=256):
                 scale = cast.scale(part, rows)
-                features = rotate_forward(
+                features = ctx.rotation[0](
                     x, edges.source[part], edges.target[part], wigner[part], scale, rows, ctx.dtype
                 )
                 grad_features = torch.empty_like(features)
@@ -167,17 +172,15 @@ class _RotateAndConvolve(torch.autograd.Function):
                     _add_product(grad_weight, grad_m.T, features_m)
                     torch.mm(grad_m, weight, out=grad_features_m)
                 del features
-                grad_scale = rotate_backward(
+                grad_scale = ctx.rotation[1](
                     grad_features, x, edges, wigner[part], scale, rows, grad_x, part
                 ).flatten(1)
                 grad_radial_bias += grad_scale.sum(dim=0)
                 _add_product(grad_radial_weight, grad_scale.T, cast.hidden[part])
                 torch.mm(grad_scale, cast.radial_weight, out=grad_hidden[part])
             grad_bias = grad[:, : sizes[0]].sum(dim=0, dtype=bias.dtype)
-        return (
-            grad_x, None, None, grad_hidden, grad_radial_weight, grad_radial_bias, None, grad_bias,
-            *grad_weights
-        )  # fmt: skip
+        of_radial = grad_hidden, grad_radial_weight, grad_radial_bias
+        return grad_x, None, None, *of_radial, None, None, grad_bias, *grad_weights
 
 
 class _Cast:

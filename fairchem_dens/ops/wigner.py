@@ -102,12 +102,15 @@ def _signed(sines: Tensor, order: Tensor) -> Tensor:
 
 
 def _generator(degree: int) -> np.ndarray:
-    """Generator of rotations about x for real harmonics, polar axis y, orders -l..l; real and
-    antisymmetric.""" m = np.arange(-degree, degree) steps = np.sqrt(degree * (degree + 1) - m * (m + 1))
-    / 2 # Angular momentum about the first axis between states of definite order: half the sum of its
-    ladders. ladder = (np.diag(steps, 1) - np.diag(steps, -1)).astype(complex) # Real harmonics in terms
-    of those states. basis = np.zeros((2 * degree + 1, 2 * degree + 1), dtype=complex) basis[degree,
-    degree] = 1 for order in range(1, degree + 1):
+    """Generator of rotations about x for real harmonics, polar axis y, orders -l..l; it is antisymmetric."""
+    m = np.arange(-degree, degree)
+    steps = np.sqrt(degree * (degree + 1) - m * (m + 1)) / 2
+    # Angular momentum about the first axis between states of definite order: half the sum of its ladders.
+    ladder = (np.diag(steps, 1) - np.diag(steps, -1)).astype(complex)
+    # Real harmonics in terms of those states.
+    basis = np.zeros((2 * degree + 1, 2 * degree + 1), dtype=complex)
+    basis[degree, degree] = 1
+    for order in range(1, degree + 1):
         up, down, sign = degree + order, degree - order, (-1) ** order
         basis[down, up], basis[down, down] = 2**-0.5, -1j * 2**-0.5
         basis[up, up], basis[up, down] = sign * 2**-0.5, 1j * sign * 2**-0.5
