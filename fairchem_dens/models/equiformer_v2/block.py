@@ -1,4 +1,4 @@
-"""One layer of EquiformerV2: attention, then a feed-forward network, each behind a norm and beside a bypass."""
+"""One layer: attention, then a feed-forward network, each behind a norm and beside a bypass."""
 
 from __future__ import annotations
 

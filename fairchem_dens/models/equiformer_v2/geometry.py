@@ -54,7 +54,7 @@ class Geometry:
 
 
 def sorted_by_target(graph: Graph) -> Graph:
-    """Return the graph with its edges in a stable order of their targets; searched ones mostly are already."""
+    """Return the graph with its edges in a stable order of their targets."""
     order = torch.argsort(graph.edge_index[1], stable=True)
     return Graph(graph.edge_index[:, order], graph.vectors[order], graph.distances[order])
 

@@ -1,7 +1,7 @@
 """What is read off the last node features: energies of atoms, and a vector for each.
 
-Both are single channels of single degrees, so most of the layers they are made of has no effect: only what has one
-is computed. Its gradient is that of the whole layer, in which the rest has gradients of zero.
+Both are single channels of single degrees, so most of the layers they are made of has no effect: only what
+has one is computed. Its gradients are those of the whole layers, in which the rest has gradients of zero.
 """
 
 from __future__ import annotations

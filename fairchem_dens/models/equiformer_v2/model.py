@@ -1,7 +1,7 @@
 """EquiformerV2 that is told about corrupted structures and predicts their noise.
 
 The conditioning enters between the atom embedding and the edge-degree embedding. Names of arguments and
-parameters are those of the paper's flat model, and the parameters are held by fairchem's modules; what is done
+parameters are those of the paper's flat model. The parameters are held by fairchem's modules; what is done
 with them is in `fairchem_dens.ops`, which computes the same in less time and memory.
 """
 
@@ -89,9 +89,9 @@ class EquiformerV2DeNS(ParametersOnly):
         use_denoising_energy: False multiplies the energy of corrupted structures by zero (ablation).
         predict_noise: False keeps the noise head but neither evaluates nor trains it: for runs without a loss
             on the noise.
-        recompute: what is computed a second time for the gradient instead of being kept, in ascending order of
-            thrift and time: ``none``, ``activations`` or ``layers``; see `fairchem_dens.models.equiformer_v2.memory`.
-        kernels: ``plain`` for PyTorch, ``triton`` for fused kernels, ``auto`` for these where they can be had.
+        recompute: what is computed a second time for the gradient instead of being kept: ``none``,
+            ``activations`` or ``layers``, see `fairchem_dens.models.equiformer_v2.memory`.
+        kernels: ``plain`` for PyTorch, ``triton`` for fused kernels, ``auto`` for these if they can be had.
         use_energy_lin_ref, load_energy_lin_ref: add per-element references held in the model; hold them. Both
             False in training.
 
@@ -200,7 +200,6 @@ class EquiformerV2DeNS(ParametersOnly):
             self.source_embedding = nn.Embedding(max_num_elements, edge_channels)
             self.target_embedding = nn.Embedding(max_num_elements, edge_channels)
             edge_channels_list[0] += 2 * edge_channels
-        embeds_in_blocks = use_atom_edge_embedding and not share_atom_edge_embedding
 
         self.SO3_rotation = nn.ModuleList([SO3_Rotation(self.lmax)])
         self.mappingReduced = CoefficientMappingModule(self.lmax_list, self.mmax_list)
