@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from fairchem.core.common import distutils
 from torch import Tensor, nn
+from torch.optim.adam import Adam
+from torch.optim.adamw import AdamW
 from torch.optim.optimizer import Optimizer
 
 from fairchem_dens.errors import TooManyBadSteps
@@ -46,7 +48,7 @@ def can_skip_on_device(optimizer: Optimizer) -> bool:
 
     Not SGD, whose momentum is uninitialised memory after a first step that was passed over.
     """
-    knows = isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW)
+    knows = isinstance(optimizer, Adam | AdamW)
     return knows and all(group.get("fused") for group in optimizer.param_groups)
 
 

@@ -30,7 +30,7 @@ class Interrupts:
     def __init__(self, stop: Callable[[int], None]) -> None:
         self._stop = stop
         self._held = False
-        self._waiting: tuple[Handler, int, Any] | None = None
+        self._waiting: list[tuple[Handler, int, Any]] = []
         self._pid = -1
 
     @contextmanager
@@ -62,10 +62,10 @@ class Interrupts:
         self._held = True
 
     def release(self) -> None:
-        """Deliver what has been waiting, the first signal only."""
+        """Deliver all that has been waiting, in the order of arrival, until one ends the run."""
         self._held = False
-        if self._waiting is not None:
-            (handler, number, frame), self._waiting = self._waiting, None
+        while self._waiting:
+            handler, number, frame = self._waiting.pop(0)
             handler(number, frame)
 
     def _arrived(self, handler: Handler, number: int, frame: Any) -> None:
@@ -73,10 +73,11 @@ class Interrupts:
             # A loader worker inherits the handler, with the trainer as it was when the worker started:
             # a checkpoint of that would replace a newer one. Workers end with the process that they serve.
             return
-        if not self._held:
+        if self._held:
+            # All of them: submitit ignores SIGTERM and acts on the SIGUSR2 that SLURM sends behind it.
+            self._waiting.append((handler, number, frame))
+        else:
             handler(number, frame)
-        elif self._waiting is None:
-            self._waiting = (handler, number, frame)
 
     def _stop_for(self, number: int, _frame: Any) -> None:
         self._stop(number)

