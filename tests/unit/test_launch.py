@@ -177,12 +177,12 @@ class TestPartitions:
         check_partition("urgent")
         check_partition("urgent,main")
         check_partition(None)
-        with pytest.raises(ValueError, match="no partition 'urgnt' .did you mean 'urgent'"):
+        with pytest.raises(ValueError, match=r"no partition 'urgnt' .did you mean 'urgent'"):
             check_partition("urgnt")
 
     def test_none_without_a_default(self, sinfo: Any) -> None:
         sinfo("gpu", "cpu")
-        with pytest.raises(ValueError, match="--slurm-partition is missing.*gpu, cpu"):
+        with pytest.raises(ValueError, match=r"--slurm-partition is missing.*gpu, cpu"):
             check_partition(None)
 
 
