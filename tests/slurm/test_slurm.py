@@ -149,7 +149,7 @@ def _submit(run_settings: dict[str, Any], folder: Path) -> None:
         # No limit for submitit, which so takes every signal for the end of the job's time; an hour for SLURM.
         "limited": [*two, *held, "--slurm-timeout", "0", "--slurm.time=60"],
         "failing": [*two, *hour, "--dataset.train.transforms.dens.prob=2"],
-        "starting": [*hour, *held, *short],
+        "starting": [*hour, *held, *short, "--slurm.gpus_per_node=0"],
         "sweep": [*hour, *short, "--sweep-yml", "sweep.yml"],
     }
     arguments = {name: [*common, "--identifier", name, *options] for name, options in given.items()}

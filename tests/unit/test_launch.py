@@ -155,6 +155,13 @@ class TestSubmit:
         assert main(["submit", "--dry-run", *arguments]) == 2
         assert message in capsys.readouterr().err
 
+    def test_settings_of_slurm_replace_those_of_fairchem(self, run_yml: Path, capsys: Any) -> None:
+        settings = ["--slurm.gpus_per_node=0", "--slurm.signal=USR2@300"]
+        assert main(["submit", "--dry-run", "--cpu", "--config-yml", str(run_yml), *settings]) == 0
+        said = capsys.readouterr().out
+        assert said.count("gpus-per-node") == 1 and "#SBATCH --gpus-per-node=0\n" in said
+        assert said.count("--signal") == 1 and "#SBATCH --signal=USR2@300\n" in said
+
     def test_without_slurm(self, run_yml: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("PATH", "")
         assert main(["submit", "--config-yml", str(run_yml)]) == 2
