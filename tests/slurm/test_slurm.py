@@ -106,8 +106,13 @@ class Job:
         subprocess.run(["scancel", "--signal=USR2", self.number], check=True)
 
     def limit(self, minutes: int) -> None:
-        """Change how long it may run."""
+        """Change how long it may run, counted from its start."""
         subprocess.run(["scontrol", "update", f"jobid={self.number}", f"timelimit={minutes}"], check=True)
+
+    def minutes(self) -> int:
+        """For how many full minutes it has been running."""
+        days, hours, minutes = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):\d+", self.field("RunTime")).groups()
+        return int(days or 0) * 1440 + int(hours) * 60 + int(minutes)
 
     def last_step(self) -> int:
         """The last step that it has logged."""
@@ -220,7 +225,7 @@ def test_time_limit(jobs: dict[str, Job]) -> None:
     job = jobs["limited"]
     job.release()
     job.wait_for(lambda: job.last_step() >= 3)
-    job.limit(1)  # its signal comes 90 s before the end, so at SLURM's next look
+    job.limit(job.minutes() + 2)  # the signal comes 90 s before the end: in the next minute
     job.wait_for(lambda: job.field("Restarts") == "1")
     job.limit(60)
     said = job.said() + job.said(stream="err")
