@@ -67,9 +67,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
     parser = build_parser(arguments)
-    args, args.rest = parser.parse_known_args(arguments)
-    if args.rest and not getattr(args, "takes_the_rest", False):
-        parser.error(f"unrecognized arguments: {' '.join(args.rest)}")
+    args, rest = parser.parse_known_args(arguments)
+    args.rest = rest
+    if rest and not getattr(args, "takes_the_rest", False):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return int(args.run(args))
     except (ValueError, FileNotFoundError, FileExistsError) as error:

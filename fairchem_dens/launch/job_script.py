@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -52,9 +53,11 @@ class _ScriptWriter(AutoExecutor):
 def _writing_instead_of_submitting() -> Iterator[None]:
     """Give fairchem that executor, and submitit the belief that there is a SLURM here."""
     executor, affinity = _cli.AutoExecutor, SlurmExecutor.__dict__["affinity"]
+    logging.disable(logging.INFO)  # fairchem says that it submits
     _cli.AutoExecutor = _ScriptWriter
     SlurmExecutor.affinity = classmethod(lambda _cls: 2)
     try:
         yield
     finally:
+        logging.disable(logging.NOTSET)
         _cli.AutoExecutor, SlurmExecutor.affinity = executor, affinity

@@ -7,6 +7,7 @@ a file open that does not survive in another process. Our readers open their fil
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -50,4 +51,6 @@ def of_local_rank(optim: Mapping[str, Any], slurm: Mapping[str, Any], dataset: A
             f"workers of several ranks: set 'optim.{KEY}' to 0, or use LMDBs (`fairchem-dens data from-ase` "
             "writes them)."
         )
+    if distutils.is_master():
+        logging.info(f"Loaders of each local rank: {optim[KEY]} workers ('optim.{KEY}').")
     return int(optim[KEY])

@@ -49,8 +49,8 @@ def slurm() -> Iterator[None]:
     had_it = shutil.which("sbatch") is not None
     folder = Path(tempfile.mkdtemp(prefix="slurm", dir="/var/tmp"))
     folder.chmod(0o755)  # the daemons want every parent to be searchable
-    # More than the machine has: the jobs of the tests wait more than they work.
-    claims = {"CPUS": 32, "GPUS": 16, "MEM": 60000, "PORT": _free_ports(), "DIR": folder}
+    # Room for two jobs of two tasks at a time, whatever the machine has.
+    claims = {"CPUS": 4, "GPUS": 4, "MEM": 16000, "PORT": _free_ports(), "DIR": folder}
     environment = os.environ | {f"SLURM_SN_{name}": str(value) for name, value in claims.items()}
     before = os.environ.get("SLURM_CONF")
     try:

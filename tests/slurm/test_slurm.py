@@ -1,6 +1,6 @@
 """`fairchem --submit` on a real SLURM: two tasks, two GPUs that are none, ``--cpu``.
 
-All jobs are submitted together and run side by side; the tests disturb them, each its own, and wait.
+All jobs are submitted together, and two run at a time. Those that a test disturbs are held until it begins.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class SlowTrainer(DeNSTrainer):
         return super()._forward(batch)
 '''
 SUBMIT = '''
-"""Submits each job as its command would; the first also shows itself before."""
+"""Submits each job as its command would, the first by ours, which also shows it."""
 import contextlib
 import json
 import sys
@@ -46,14 +46,15 @@ import sys
 from fairchem.core import _cli
 from fairchem_dens.cli.main import main
 
-for name, arguments in json.load(open("jobs.json")).items():
+jobs = json.load(open("jobs.json"))
+for name, arguments in jobs.items():
     if name == "whole":
-        with open("dry_run.txt", "w") as file, contextlib.redirect_stdout(file):
-            assert main(["submit", "--dry-run", *arguments]) == 0
         assert main(["submit", *arguments]) == 0
     else:
         sys.argv = ["fairchem", "--mode", "train", "--submit", *arguments]
         _cli.main()
+with open("dry_run.txt", "w") as file, contextlib.redirect_stdout(file):
+    assert main(["submit", "--dry-run", *jobs["whole"]]) == 0
 '''
 
 
@@ -96,13 +97,22 @@ class Job:
         """Wait for its end."""
         self.wait_for(lambda: self.field("JobState") == "COMPLETED")
 
+    def release(self) -> None:
+        """Let it start, if it was submitted to be held."""
+        subprocess.run(["scontrol", "release", self.number], check=True)
+
     def signal(self) -> None:
         """Send what SLURM sends before it preempts or ends a job, to all of its tasks."""
         subprocess.run(["scancel", "--signal=USR2", self.number], check=True)
 
     def limit(self, minutes: int) -> None:
-        """Change how long it may run."""
+        """Change how long it may run, counted from its start."""
         subprocess.run(["scontrol", "update", f"jobid={self.number}", f"timelimit={minutes}"], check=True)
+
+    def minutes(self) -> int:
+        """For how many full minutes it has been running."""
+        days, hours, minutes = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):\d+", self.field("RunTime")).groups()
+        return int(days or 0) * 1440 + int(hours) * 60 + int(minutes)
 
     def last_step(self) -> int:
         """The last step that it has logged."""
@@ -136,15 +146,15 @@ def _submit(run_settings: dict[str, Any], folder: Path) -> None:
     (folder / "sweep.yml").write_text(yaml.safe_dump({"optim": {"lr_initial": [0.001, 0.003]}}))
     common = ["--config-yml", "run.yml", "--cpu", "--run-dir", "runs", "--slurm-mem", "2"]
     common += ["--print-every", "1"]
-    two, hour = ["--num-gpus", "2"], ["--slurm-timeout", "1"]
+    two, hour, held = ["--num-gpus", "2"], ["--slurm-timeout", "1"], ["--slurm.hold=True"]
     short = ["--optim.max_epochs=1", "--optim.eval_every=12"]
     given: Mapping[str, list[str]] = {
         "whole": [*two, *hour, "--slurm-partition", "main"],
         "preempted": [*two, *hour],
         # No limit for submitit, which so takes every signal for the end of the job's time; an hour for SLURM.
-        "limited": [*two, "--slurm-timeout", "0", "--slurm.time=60"],
+        "limited": [*two, *held, "--slurm-timeout", "0", "--slurm.time=60"],
         "failing": [*two, *hour, "--dataset.train.transforms.dens.prob=2"],
-        "starting": [*hour, *short],
+        "starting": [*hour, *held, *short, "--slurm.gpus_per_node=0"],
         "sweep": [*hour, *short, "--sweep-yml", "sweep.yml"],
     }
     arguments = {name: [*common, "--identifier", name, *options] for name, options in given.items()}
@@ -194,7 +204,7 @@ def test_preemption_between_steps(jobs: dict[str, Job], folder: Path) -> None:
     job.wait_for(lambda: job.field("Restarts") == "1")
     resumed = job.wait_for(lambda: re.search(r"Resuming '(.*)' after step (\d+)", job.said()))
     assert before <= int(resumed[2]) < STEPS  # not one step was lost, and none but the current one made twice
-    assert Path(resumed[1]).resolve() == run_folder(folder, "preempted") / "checkpoint.pt"
+    assert folder / resumed[1] == run_folder(folder, "preempted") / "checkpoint.pt"
     assert "this job is preempted" in job.said() + job.said(stream="err")
     assert "Not checkpointing nor requeuing since I am a slave" in job.said(1)
 
@@ -213,8 +223,9 @@ def test_preemption_in_an_evaluation(jobs: dict[str, Job]) -> None:
 
 def test_time_limit(jobs: dict[str, Job]) -> None:
     job = jobs["limited"]
+    job.release()
     job.wait_for(lambda: job.last_step() >= 3)
-    job.limit(1)  # its signal comes 90 s before the end, so at SLURM's next look
+    job.limit(job.minutes() + 2)  # the signal comes 90 s before the end: in the next minute
     job.wait_for(lambda: job.field("Restarts") == "1")
     job.limit(60)
     said = job.said() + job.said(stream="err")
@@ -225,6 +236,7 @@ def test_time_limit(jobs: dict[str, Job]) -> None:
 def test_preemption_before_training(jobs: dict[str, Job], folder: Path) -> None:
     """The job of fairchem alone would die, as there is no trainer to save yet."""
     job = jobs["starting"]
+    job.release()
     job.wait_for(lambda: "CPU job: rank 0 of 1" in job.said())
     if "step: " not in job.said():
         job.signal()
