@@ -24,15 +24,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from equiformer_v2 import describe, write
 from training_step import loss_of
 
-from fairchem_dens import keys
 from fairchem_dens.corruption import Corruption, corrupt
 from fairchem_dens.data.lmdb import data_from_atoms
 from fairchem_dens.models import EquiformerV2DeNS
 from fairchem_dens.models.equiformer_v2 import paths
 
 MODEL: dict[str, Any] = {
-    "max_radius": 12.0,
-    "max_neighbors": 20,
     "norm_type": "layer_norm_sh",
     "use_grid_mlp": True,
     "attn_activation": "silu",
@@ -64,6 +61,8 @@ def structures(folder: Path, every: int) -> list[Any]:
 def train(frames: list[Any], args: argparse.Namespace) -> list[tuple[float, float]]:
     """Losses of each step, on our operations and on fairchem's modules."""
     settings = MODEL | {
+        "max_radius": args.max_radius,
+        "max_neighbors": args.neighbors,
         "num_layers": args.layers,
         "lmax_list": [args.lmax],
         "mmax_list": [2],
@@ -85,10 +84,12 @@ def train(frames: list[Any], args: argparse.Namespace) -> list[tuple[float, floa
     chosen = np.random.default_rng(args.seed)
     losses = []
     for step in tqdm(range(args.steps), leave=False):
-        batch = Batch.from_data_list([frames[i].clone() for i in chosen.integers(len(frames),
-        size=args.batch)]) noisy = Corruption(prob=0.5, std=0.1, corrupt_ratio=0.5) batch = corrupt(batch,
-        noisy, seed=args.seed, epoch=step, selected=bool(step % 2)).to(device) pair = [] for model,
-        optimizer in zip(models, optimizers, strict=True):
+        picked = chosen.integers(len(frames), size=args.batch)
+        batch = Batch.from_data_list([frames[i].clone() for i in picked])
+        noisy = Corruption(prob=0.5, std=0.1, corrupt_ratio=0.5)
+        batch = corrupt(batch, noisy, seed=args.seed, epoch=step, selected=bool(step % 2)).to(device)
+        pair = []
+        for model, optimizer in zip(models, optimizers, strict=True):
             torch.manual_seed(step)  # the frames of edges are rolled alike
             loss = loss_of(model(batch), batch)
             optimizer.zero_grad()
@@ -110,6 +111,8 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=2, help="structures (default: 2)")
     parser.add_argument("--every", type=int, default=5, help="frames of a trajectory (default: each fifth)")
+    parser.add_argument("--max-radius", type=float, default=12.0, help="Å (default: 12)")
+    parser.add_argument("--neighbors", type=int, default=20)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--lmax", type=int, default=3)
     parser.add_argument("--channels", type=int, default=16)

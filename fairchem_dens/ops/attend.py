@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fairchem_dens.ops.chunks import add_rows, portions
 from fairchem_dens.ops.layout import Edges, Rows
@@ -51,6 +52,7 @@ class _EdgeSoftmax(torch.autograd.Function):
         return weights
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (weights,) = ctx.saved_tensors
         return softmax_backward(grad, weights, ctx.edges), None
@@ -106,6 +108,7 @@ class _Attend(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         values, wigner, weights, *dropouts = ctx.saved_tensors
         edges, rows, heads = ctx.edges, ctx.rows, weights.shape[1]
@@ -136,6 +139,7 @@ class _SumOverEdges(torch.autograd.Function):
         return _sums(values, edges)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return grad.index_select(0, ctx.edges.target), None
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fairchem_dens.ops.chunks import add_rows, portions
 from fairchem_dens.ops.layout import Edges, Rows
@@ -53,6 +54,7 @@ class _EdgeDegree(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (harmonics,) = ctx.saved_tensors
         edges, rows = ctx.edges, ctx.rows

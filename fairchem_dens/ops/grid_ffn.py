@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fairchem_dens.ops.chunks import portions
 from fairchem_dens.ops.precision import product_dtype
@@ -71,6 +72,7 @@ class _GridMLP(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, full_weight, to_grid, from_grid = ctx.saved_tensors
         with torch.autocast(x.device.type, enabled=False):

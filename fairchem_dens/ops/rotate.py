@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fairchem_dens.ops.chunks import add_rows, portions
 from fairchem_dens.ops.layout import Edges, Rows
@@ -43,6 +44,7 @@ class _Rotate(torch.autograd.Function):
         return rotate_forward(x, edges.source, edges.target, wigner, scale, rows)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, wigner, scale = ctx.saved_tensors
         grad_x = torch.zeros_like(x)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fairchem_dens.ops.chunks import portions
 from fairchem_dens.ops.precision import product_dtype
@@ -51,6 +52,7 @@ class _S2Activation(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, to_grid, from_grid, *gates = ctx.saved_tensors
         with torch.autocast(x.device.type, enabled=False):

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fairchem_dens.ops.chunks import portions
 from fairchem_dens.ops.layout import Edges, Rows
@@ -143,6 +144,7 @@ class _RotateAndConvolve(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, wigner, hidden, radial_weight, radial_bias, bias, *weights = ctx.saved_tensors
         edges, rows = ctx.edges, ctx.rows

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import inspect
 import logging
+import sys
 from typing import Any
 
 import pytest
 import torch
 from fairchem.core.models.equiformer_v2.equiformer_v2_deprecated import EquiformerV2
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fairchem_dens.models import EquiformerV2DeNS
-from fairchem_dens.models.graph import edge_frames
+from fairchem_dens.models.graph import build_graph, edge_frames
+from fairchem_dens.models.inputs import prepared
 from model_cases import disturbed
 from outputs import assert_equal, assert_learns, predict
 
@@ -94,6 +97,8 @@ class TestSettings:
             ("attn_activation", "relu"),
             ("ffn_activation", "relu"),
             ("grid_resolution", 4),
+            ("recompute", "all"),
+            ("kernels", "cuda"),
         ],
     )
     def test_unsupported_value_is_refused_by_name(self, model_settings, name, value):
@@ -291,3 +296,45 @@ def test_number_of_parameters_of_the_papers_models(changes, count):
         "weight_init": "uniform",
     }
     assert EquiformerV2DeNS(**settings | changes).num_params == count
+
+
+class TestPaths:
+    """Which code a model runs on is decided when it is built."""
+
+    def test_is_said_once(self, model_settings, batch, caplog):
+        with caplog.at_level(logging.INFO):
+            model = build(model_settings, kernels="plain")
+            predict(model, batch)
+        said = [record.getMessage() for record in caplog.records if "Paths of EquiformerV2" in record.message]
+        assert len(said) == 1
+        assert "Attention plain" in said[0] and "VectorHead plain" in said[0]
+
+    def test_kernels_that_cannot_be_had(self, model_settings, monkeypatch):
+        monkeypatch.setitem(sys.modules, "fairchem_dens.ops.fused", None)
+        assert build(model_settings, kernels="auto").operations.name == "plain"
+        with pytest.raises(ValueError, match=r"'model\.kernels: triton' cannot be had here"):
+            build(model_settings, kernels="triton")
+
+    @pytest.mark.parametrize("training", [True, False])
+    def test_nothing_waits_for_a_device(self, model_settings, corrupted, monkeypatch, training):
+        """After the search for neighbours, no operation's result decides on sizes or is read by the host."""
+        model = build(model_settings, proj_drop=0.1, kernels="plain").train(training)
+        graph = build_graph(prepared(corrupted, 90), cutoff=6.0, max_neighbors=12, strict=True, use_pbc=True,
+                            otf_graph=True)  # fmt: skip
+        monkeypatch.setattr("fairchem_dens.models.equiformer_v2.model.build_graph", lambda *_, **__: graph)
+        monkeypatch.setattr("fairchem_dens.models.equiformer_v2.model.prepared", lambda data, _: data)
+        waits = []
+
+        class Watch(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                name = func._schema.name
+                if name in ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select",
+                            "aten::_unique2", "aten::unique_dim", "aten::is_nonzero"):  # fmt: skip
+                    waits.append(name)
+                return func(*args, **(kwargs or {}))
+
+        predict(model, corrupted)  # makes constants
+        with Watch():
+            outputs = model(corrupted)
+            sum(value.square().sum() for value in outputs.values()).backward()
+        assert not waits
