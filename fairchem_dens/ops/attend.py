@@ -37,6 +37,25 @@ def softmax_backward(grad: Tensor, weights: Tensor, edges: Edges) -> Tensor:
     return product - weights * _sums(product, edges)[edges.target]
 
 
+def edge_weights(logits: Tensor, edges: Edges) -> Tensor:
+    """Return `edge_softmax` with a gradient."""
+    return _EdgeSoftmax.apply(logits, edges)
+
+
+class _EdgeSoftmax(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, edges: Edges) -> Tensor:
+        weights = edge_softmax(logits, edges)
+        ctx.save_for_backward(weights)
+        ctx.edges = edges
+        return weights
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (weights,) = ctx.saved_tensors
+        return softmax_backward(grad, weights, ctx.edges), None
+
+
 def attend(
     values: Tensor,
     logits: Tensor,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fairchem_dens.ops.chunks import add_rows, portions
 from fairchem_dens.ops.layout import Edges, Rows
+from fairchem_dens.ops.precision import at_least_single
 from fairchem_dens.ops.wigner import dense_rotations
 
 
@@ -113,6 +114,7 @@ def rotate_backward(
             by_order(grad[some], rows), by_order(turned, rows), _radial(scale[some], rows),
             _radial(grad_scale[some], rows), by_order(grad_turned, rows), strict=True,
         ):  # fmt: skip
+            grads = at_least_single(grads)
             grad_scales.copy_((grads * rotated).sum(dim=1, keepdim=True))
             result.copy_(grads * scales)
         grad_ends = torch.bmm(dense.transpose(1, 2), grad_turned)

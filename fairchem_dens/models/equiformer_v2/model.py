@@ -1,7 +1,8 @@
 """EquiformerV2 that is told about corrupted structures and predicts their noise.
 
-The blocks are fairchem's; put together here so that the conditioning can enter between the atom embedding and
-the edge-degree embedding. Argument and parameter names are those of the paper's flat model.
+The conditioning enters between the atom embedding and the edge-degree embedding. Names of arguments and
+parameters are those of the paper's flat model. The parameters are held by fairchem's modules; what is done
+with them is in `fairchem_dens.ops`, which computes the same in less time and memory.
 """
 
 from __future__ import annotations
@@ -10,21 +11,14 @@ import math
 from typing import Any
 
 import torch
-from fairchem.core.models.equiformer_v2.input_block import EdgeDegreeEmbedding
-from fairchem.core.models.equiformer_v2.layer_norm import get_normalization_layer
+import torch.nn.functional as F
 from fairchem.core.models.equiformer_v2.module_list import ModuleListInfo
 from fairchem.core.models.equiformer_v2.radial_function import RadialFunction
 from fairchem.core.models.equiformer_v2.so3 import (
     CoefficientMappingModule,
-    SO3_Embedding,
     SO3_Grid,
     SO3_LinearV2,
     SO3_Rotation,
-)
-from fairchem.core.models.equiformer_v2.transformer_block import (
-    FeedForwardNetwork,
-    SO2EquivariantGraphAttention,
-    TransBlockV2,
 )
 from fairchem.core.models.scn.smearing import GaussianSmearing
 from torch import Tensor, nn
@@ -32,10 +26,24 @@ from torch import Tensor, nn
 from fairchem_dens import keys
 from fairchem_dens.models.arguments import argument_names, check_degrees, check_resolution, require
 from fairchem_dens.models.conditioning import ForceEmbedding, add_conditioning
-from fairchem_dens.models.graph import build_graph, edge_frames, padded
+from fairchem_dens.models.equiformer_v2 import memory, paths
+from fairchem_dens.models.equiformer_v2.block import Block
+from fairchem_dens.models.equiformer_v2.embedding import EdgeDegree
+from fairchem_dens.models.equiformer_v2.geometry import (
+    Geometry,
+    Grids,
+    StockInputs,
+    edges_of,
+    sorted_by_target,
+)
+from fairchem_dens.models.equiformer_v2.heads import EnergyHead, VectorHead
+from fairchem_dens.models.equiformer_v2.norm import make_norm
+from fairchem_dens.models.graph import Graph, build_graph, edge_frames, padded
 from fairchem_dens.models.inputs import prepared
 from fairchem_dens.models.state import ParametersOnly, make_buffers_transient
 from fairchem_dens.models.weight_decay import no_weight_decay
+from fairchem_dens.ops.layout import Rows
+from fairchem_dens.ops.radial import EdgeInputs, gaussians
 from fairchem_dens.validation import refuse_unknown_keys
 
 AVG_NUM_NODES = 77.81317
@@ -81,6 +89,9 @@ class EquiformerV2DeNS(ParametersOnly):
         use_denoising_energy: False multiplies the energy of corrupted structures by zero (ablation).
         predict_noise: False keeps the noise head but neither evaluates nor trains it: for runs without a loss
             on the noise.
+        recompute: what is computed a second time for the gradient instead of being kept: ``none``,
+            ``activations`` or ``layers``, see `fairchem_dens.models.equiformer_v2.memory`.
+        kernels: ``plain`` for PyTorch, ``triton`` for fused kernels, ``auto`` for these if they can be had.
         use_energy_lin_ref, load_energy_lin_ref: add per-element references held in the model; hold them. Both
             False in training.
 
@@ -135,6 +146,8 @@ class EquiformerV2DeNS(ParametersOnly):
         use_energy_lin_ref: bool = False,
         load_energy_lin_ref: bool = False,
         predict_noise: bool = True,
+        recompute: str = "activations",
+        kernels: str = "auto",
         **unknown: Any,
     ) -> None:
         super().__init__()
@@ -144,6 +157,8 @@ class EquiformerV2DeNS(ParametersOnly):
         require("use_s2_act_attn", use_s2_act_attn, [False])
         require("weight_init", weight_init, ["uniform", "normal"])
         require("norm_type", norm_type, ["layer_norm", "layer_norm_sh", "rms_norm_sh"])
+        require("recompute", recompute, list(memory.LEVELS))
+        require("kernels", kernels, list(paths.KERNELS))
         # fairchem's blocks take any name for these two and use SiLU.
         require("attn_activation", attn_activation, ["silu", "scaled_silu"])
         require("ffn_activation", ffn_activation, ["silu", "scaled_silu"])
@@ -185,7 +200,6 @@ class EquiformerV2DeNS(ParametersOnly):
             self.source_embedding = nn.Embedding(max_num_elements, edge_channels)
             self.target_embedding = nn.Embedding(max_num_elements, edge_channels)
             edge_channels_list[0] += 2 * edge_channels
-        embeds_in_blocks = use_atom_edge_embedding and not share_atom_edge_embedding
 
         self.SO3_rotation = nn.ModuleList([SO3_Rotation(self.lmax)])
         self.mappingReduced = CoefficientMappingModule(self.lmax_list, self.mmax_list)
@@ -197,78 +211,61 @@ class EquiformerV2DeNS(ParametersOnly):
                     for order in range(self.lmax + 1)
                 )
             )
-        self.edge_degree_embedding = EdgeDegreeEmbedding(
-            sphere_channels,
-            self.lmax_list,
-            self.mmax_list,
-            self.SO3_rotation,
-            self.mappingReduced,
-            max_num_elements,
-            edge_channels_list,
-            embeds_in_blocks,
-            rescale_factor=avg_degree or AVG_DEGREE,
-        )
-
-        attention: dict[str, Any] = {
+        self.rows = Rows(self.lmax, self.mmax_list[0])
+        self.grids = Grids(self.SO3_grid, self.rows)
+        shared: dict[str, Any] = {
             "sphere_channels": sphere_channels,
+            "lmax_list": self.lmax_list,
+            "mmax_list": self.mmax_list,
+        }
+        of_edges: dict[str, Any] = shared | {
+            "SO3_rotation": self.SO3_rotation,
+            "mappingReduced": self.mappingReduced,
+            "max_num_elements": max_num_elements,
+            "edge_channels_list": edge_channels_list,
+            "use_atom_edge_embedding": use_atom_edge_embedding and not share_atom_edge_embedding,
+            "recompute": recompute,
+        }
+        attention: dict[str, Any] = of_edges | {
+            "hidden_channels": attn_hidden_channels,
             "num_heads": num_heads,
             "attn_alpha_channels": attn_alpha_channels,
             "attn_value_channels": attn_value_channels,
-            "lmax_list": self.lmax_list,
-            "mmax_list": self.mmax_list,
-            "SO3_rotation": self.SO3_rotation,
-            "mappingReduced": self.mappingReduced,
             "SO3_grid": self.SO3_grid,
-            "max_num_elements": max_num_elements,
-            "edge_channels_list": edge_channels_list,
-            "use_atom_edge_embedding": embeds_in_blocks,
+            "grids": self.grids,
             "use_m_share_rad": use_m_share_rad,
+            "activation": attn_activation,
             "use_s2_act_attn": use_s2_act_attn,
             "use_attn_renorm": use_attn_renorm,
             "use_gate_act": use_gate_act,
             "use_sep_s2_act": use_sep_s2_act,
         }
+        feed_forward: dict[str, Any] = shared | {
+            "hidden_channels": ffn_hidden_channels,
+            "SO3_grid": self.SO3_grid,
+            "grids": self.grids,
+            "activation": ffn_activation,
+            "use_gate_act": use_gate_act,
+            "use_grid_mlp": use_grid_mlp,
+            "use_sep_s2_act": use_sep_s2_act,
+        }
+        vector_head = attention | {"output_channels": 1, "alpha_drop": 0.0}
+
+        self.edge_degree_embedding = EdgeDegree(rescale_factor=avg_degree or AVG_DEGREE, **of_edges)
         self.blocks = nn.ModuleList(
-            TransBlockV2(
-                attn_hidden_channels=attn_hidden_channels,
-                ffn_hidden_channels=ffn_hidden_channels,
-                output_channels=sphere_channels,
-                attn_activation=attn_activation,
-                ffn_activation=ffn_activation,
-                use_grid_mlp=use_grid_mlp,
-                norm_type=norm_type,
-                alpha_drop=alpha_drop,
-                drop_path_rate=drop_path_rate,
-                proj_drop=proj_drop,
-                **attention,
+            Block(
+                norm_type,
+                attention | {"output_channels": sphere_channels, "alpha_drop": alpha_drop},
+                feed_forward | {"output_channels": sphere_channels},
+                drop_path_rate,
+                proj_drop,
             )
             for _ in range(num_layers)
         )
-        self.norm = get_normalization_layer(norm_type, lmax=self.lmax, num_channels=sphere_channels)
-        self.energy_block = FeedForwardNetwork(
-            sphere_channels,
-            ffn_hidden_channels,
-            1,
-            self.lmax_list,
-            self.mmax_list,
-            self.SO3_grid,
-            ffn_activation,
-            use_gate_act,
-            use_grid_mlp,
-            use_sep_s2_act,
-        )
-
-        def vector_head() -> SO2EquivariantGraphAttention:
-            return SO2EquivariantGraphAttention(
-                hidden_channels=attn_hidden_channels,
-                output_channels=1,
-                activation=attn_activation,
-                alpha_drop=0.0,
-                **attention,
-            )
-
+        self.norm = make_norm(norm_type, self.lmax, sphere_channels)
+        self.energy_block = EnergyHead(output_channels=1, **feed_forward)
         if regress_forces:
-            self.force_block = vector_head()
+            self.force_block = VectorHead(**vector_head)
         if load_energy_lin_ref:
             self.energy_lin_ref = nn.Parameter(torch.zeros(max_num_elements), requires_grad=False)
         self.force_embedding = ForceEmbedding(self.lmax, sphere_channels, weight_init)
@@ -276,11 +273,14 @@ class EquiformerV2DeNS(ParametersOnly):
             nn.Linear(1, sphere_channels) if use_noise_schedule_sigma_encoding else None
         )
         if regress_forces:
-            self.denoising_pos_block = vector_head().requires_grad_(predict_noise)
+            self.denoising_pos_block = VectorHead(**vector_head).requires_grad_(predict_noise)
 
         self.apply(self._initialise)
         self.apply(_initialise_radial_function)
         make_buffers_transient(self)
+        self.operations = paths.operations(kernels)
+        paths.choose(self, self.operations)
+        paths.describe(self)
 
     @property
     def num_params(self) -> int:
@@ -317,63 +317,61 @@ class EquiformerV2DeNS(ParametersOnly):
         natoms, x = len(atomic_numbers), self._embed(data, atomic_numbers)
         if graph.edge_index.shape[1] == 0:
             graph = padded(graph, natoms, num_edges=1)
-            atomic_numbers, batch = (torch.cat([values, values[-1:]]) for values in (atomic_numbers, batch))
-            x.set_embedding(torch.cat([x.embedding, x.embedding[-1:]]))
-        frames = edge_frames(graph.vectors, random_roll=self.training)
-        for rotation in self.SO3_rotation:
-            rotation.set_wigner(frames)  # type: ignore[operator]  # a ModuleList forgets what it holds
-        edge_features = self._edge_features(graph.distances, atomic_numbers, graph.edge_index)
-
-        edge_degree = self.edge_degree_embedding(
-            atomic_numbers, edge_features, graph.edge_index, len(atomic_numbers)
-        )
-        x.embedding = x.embedding + edge_degree.embedding
+            atomic_numbers, batch, x = (
+                torch.cat([values, values[-1:]]) for values in (atomic_numbers, batch, x)
+            )
+        geometry = self._geometry(sorted_by_target(graph), atomic_numbers)
+        x = x + self.edge_degree_embedding(geometry)
         for block in self.blocks:
-            x = block(x, atomic_numbers, edge_features, graph.edge_index, batch=batch)
-        x.embedding = self.norm(x.embedding)
+            x = block(x, geometry, batch, len(data[keys.NATOMS]))
+        x = self.norm(x)
 
-        outputs = {keys.ENERGY: self._energy(x, data)}
+        outputs = {keys.ENERGY: self._energy(self.energy_block(x)[:natoms], data)}
         if self.regress_forces:
-
-            def vectors(head: SO2EquivariantGraphAttention) -> Tensor:
-                return head(x, atomic_numbers, edge_features, graph.edge_index).embedding[:natoms, 1:4, 0]
-
-            outputs[keys.FORCES] = vectors(self.force_block)
+            outputs[keys.FORCES] = self.force_block(x, geometry)[:natoms]
             if self.predict_noise and (self.training or keys.CONDITION_FORCES in data):
-                outputs[keys.NOISE] = vectors(self.denoising_pos_block)
+                outputs[keys.NOISE] = self.denoising_pos_block(x, geometry)[:natoms]
         return outputs
 
-    def _edge_features(self, distances: Tensor, atomic_numbers: Tensor, edge_index: Tensor) -> Tensor:
-        features = self.distance_expansion(distances)
-        if self.source_embedding is None or self.target_embedding is None:
-            return features
-        source, target = atomic_numbers[edge_index]
-        return torch.cat([features, self.source_embedding(source), self.target_embedding(target)], dim=1)
+    def _geometry(self, graph: Graph, atomic_numbers: Tensor) -> Geometry:
+        """Of a graph that is sorted by target."""
+        frames = edge_frames(graph.vectors, random_roll=self.training)
+        source, target = atomic_numbers[graph.edge_index]
+        expansion = self.distance_expansion
+        shared = None
+        if self.source_embedding is not None and self.target_embedding is not None:
+            shared = self.source_embedding.weight, self.target_embedding.weight
 
-    def _embed(self, data: Any, atomic_numbers: Tensor) -> SO3_Embedding:
-        """Atoms on l = 0, then the conditioning."""
-        pos = data[keys.POS]
-        x = SO3_Embedding(
-            len(atomic_numbers),
-            self.lmax_list,
-            self.sphere_channels,
-            pos.device,
-            self.sphere_embedding.weight.dtype,
-        )
-        x.embedding[:, 0] = self.sphere_embedding(atomic_numbers)
-        x.set_embedding(
-            add_conditioning(
-                x.embedding,
-                data,
-                self.force_embedding,
-                self.noise_schedule_sigma_embedding,
-                self.use_force_encoding,
-            )
-        )
-        return x
+        def stock_inputs() -> StockInputs:
+            for rotation in self.SO3_rotation:
+                rotation.set_wigner(frames)  # type: ignore[operator]  # a ModuleList forgets what it holds
+            features = inputs.gaussians
+            if self.source_embedding is not None and self.target_embedding is not None:
+                of_elements = self.source_embedding(source), self.target_embedding(target)
+                features = torch.cat([features, *of_elements], dim=1)
+            return StockInputs(atomic_numbers, features, graph.edge_index)
 
-    def _energy(self, x: SO3_Embedding, data: Any) -> Tensor:
-        of_atoms = self.energy_block(x).embedding[: len(data[keys.BATCH]), 0, 0]
+        inputs = EdgeInputs(gaussians(graph.distances, expansion.offset, expansion.coeff), source, target)
+        return Geometry(
+            edges_of(graph, len(atomic_numbers)),
+            self.operations.wigner_packed(frames, self.rows),
+            inputs,
+            shared,
+            stock_inputs,
+        )
+
+    def _embed(self, data: Any, atomic_numbers: Tensor) -> Tensor:
+        """Atoms on l = 0, then the conditioning; (N, (L+1)², C)."""
+        scalars = self.sphere_embedding(atomic_numbers)[:, None]
+        return add_conditioning(
+            F.pad(scalars, (0, 0, 0, self.rows.num_full - 1)),
+            data,
+            self.force_embedding,
+            self.noise_schedule_sigma_embedding,
+            self.use_force_encoding,
+        )
+
+    def _energy(self, of_atoms: Tensor, data: Any) -> Tensor:
         energy = of_atoms.new_zeros(len(data[keys.NATOMS])).index_add(0, data[keys.BATCH], of_atoms)
         energy = energy / self.avg_num_nodes
         if not self.use_denoising_energy and keys.CORRUPTED in data:
