@@ -1,6 +1,37 @@
 """Triton kernels: each module has the name and the signature of its plain twin in `fairchem_dens.ops`.
 
-Nothing here is imported unless `fairchem_dens.ops.dispatch` chose it, so Triton is not needed to run on a
-CPU. The kernels keep to what Triton 3.0 knows. Their tile sizes are fixed: choosing them by timing would
-let the order of sums, and with it the last bits of a result, depend on the run.
+The kernels keep to what Triton 3.0 knows. Their tile sizes are fixed: choosing them by timing would let the
+order of sums, and with it the last bits of a result, depend on the run. Annotations in their modules are
+evaluated, because Triton's interpreter looks for those of arguments that are known when a kernel is compiled.
 """
+
+from __future__ import annotations
+
+import os
+from importlib import import_module
+
+import torch
+
+from fairchem_dens.ops.operations import Operations
+
+SWITCH = "FAIRCHEM_DENS_OPS"
+"""Environment variable: ``plain`` forbids fused operations, ``fused`` has them interpreted on a CPU."""
+
+
+def operations() -> Operations:
+    """Return the fused operations; where one cannot do what is asked, its plain twin does.
+
+    Raises:
+        ImportError: Triton is not installed.
+        ValueError: the environment variable has another value.
+        RuntimeError: there is no GPU, or the environment forbids fused operations.
+    """
+    wanted = os.environ.get(SWITCH, "auto")
+    if wanted not in ("auto", "plain", "fused"):
+        raise ValueError(f"The variable {SWITCH} must be 'auto', 'plain' or 'fused', found {wanted!r}.")
+    if wanted == "plain":
+        raise RuntimeError(f"the environment variable {SWITCH} is 'plain'")
+    interpreted = wanted == "fused" and os.environ.get("TRITON_INTERPRET") == "1"
+    if not interpreted and not torch.cuda.is_available():
+        raise RuntimeError("there is no GPU")
+    return import_module("fairchem_dens.ops.fused.choice").guarded(interpreted)

@@ -1,8 +1,8 @@
-"""Softmax, weighting, rotation back and sum, for each target in one pass; nothing is kept for an edge but
-its weights.
+"""Softmax, weighting, rotation back and sum for each target in one pass.
 
-A program belongs to an atom and a degree and walks the edges into that atom, as in the backward pass of
-`fairchem_dens.ops.fused.rotate`: sums have a fixed order. Rotations are float32 multiply-adds.
+Nothing is kept for an edge but its weights. A program belongs to an atom and a degree and walks the edges
+into that atom, as in the backward pass of `fairchem_dens.ops.fused.rotate`: sums have a fixed order.
+Rotations are float32 multiply-adds.
 """
 
 from typing import Any
@@ -229,8 +229,9 @@ def _grid(edges: Edges, rows: Rows, channels: int, heads: int) -> tuple[int, int
 
 def _sizes(rows: Rows, channels: int, heads: int) -> dict[str, int]:
     return {
-        "S": rows.num_full, "C": channels, "V": channels // heads, "ROWS": rows.num_kept, "PACKED": rows.num_packed,
-        "LMAX": rows.lmax, "MMAX": rows.mmax, "K": power_of_two(2 * rows.lmax + 1), "B": _block(channels, heads),
+        "S": rows.num_full, "C": channels, "V": channels // heads, "ROWS": rows.num_kept,
+        "PACKED": rows.num_packed, "LMAX": rows.lmax, "MMAX": rows.mmax, "K": power_of_two(2 * rows.lmax + 1),
+        "B": _block(channels, heads),
     }  # fmt: skip
 
 

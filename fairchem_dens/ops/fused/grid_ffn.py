@@ -134,9 +134,10 @@ class _GridMLP(torch.autograd.Function):
 def _sizes(x: Tensor, rows_out: int, there: Tensor, precision: str) -> dict[str, Any]:
     _, rows, hidden = x.shape
     return {
-        "ROWS": rows, "ROWS_OUT": rows_out, "H": hidden, "POINTS": there.shape[0], "R": there.shape[1], "G": _POINTS if x.element_size() == 2 else _POINTS // 2,
-        # Not pipelined: the pieces' tables are small, and what a program holds already fills the shared memory.
-        "PRECISION": precision, "num_warps": 8, "num_stages": 1,
+        "ROWS": rows, "ROWS_OUT": rows_out, "H": hidden, "POINTS": there.shape[0], "R": there.shape[1],
+        "G": _POINTS if x.element_size() == 2 else _POINTS // 2, "PRECISION": precision, "num_warps": 8,
+        # Not pipelined: the pieces' tables are small, and what a program holds fills the shared memory.
+        "num_stages": 1,
     }  # fmt: skip
 
 

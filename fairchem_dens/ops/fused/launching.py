@@ -32,7 +32,7 @@ def launch(kernel: Any, grid: tuple[int, ...], on: Tensor, *arguments: Any, **co
 def dot_precision() -> str:
     """Return how Triton shall multiply matrices of float32: as torch does.
 
-    torch has two switches for it since 2.9, and refuses to answer about the old one where the new one was used.
+    torch has two switches for it since 2.9, and does not tell of the old one where the new one was used.
     """
     try:
         tf32 = torch.backends.cuda.matmul.allow_tf32

@@ -45,10 +45,9 @@ def _degree_of(row, LMAX: tl.constexpr):
 def _share_of(row, LMAX: tl.constexpr, SPLIT: tl.constexpr):
     """The share of a row in the mean square of its group."""
     width = (2 * _degree_of(row, LMAX) + 1).to(tl.float32)
+    share = 1.0 / (width * (LMAX + 1))
     if SPLIT:
         share = tl.where(row == 0, 1.0, 1.0 / (width * LMAX))
-    else:
-        share = 1.0 / (width * (LMAX + 1))
     return tl.where(row < (LMAX + 1) * (LMAX + 1), share, 0.0)
 
 

@@ -142,7 +142,8 @@ def rotate_forward(
 
     Args:
         x: (N, (L+1)², C).
-        source, target: (E,).
+        source: (E,), nodes at one end of the edges ...
+        target: (E,), ... and at the other.
         wigner: (E, P), packed rotations.
         scale: (E, num_radial, 2C), first for the sources.
         rows: kept coefficients.
@@ -175,7 +176,7 @@ def rotate_backward(
         wigner: (E', P), of the edges in ``part``.
         scale: (E', num_radial, 2C), of the same.
         rows: kept coefficients.
-        grad_x: (N, (L+1)², C), contiguous, to which the gradient of ``x`` is added.
+        grad_x: (N, (L+1)², C), to which the gradient of ``x`` is added.
         part: some of the edges.
 
     Returns:
@@ -184,13 +185,15 @@ def rotate_backward(
     channels = x.shape[2]
     start, stop, _ = part.indices(len(edges))
     grad, x, wigner, scale = grad.contiguous(), x.contiguous(), wigner.contiguous(), scale.contiguous()
-    grad_scale = torch.empty_like(scale)
+    grad_scale, total = torch.empty_like(scale), grad_x.contiguous()
     launch(
-        _backward, (len(x), rows.lmax + 1, blocks(channels, _CHANNELS)), x, grad, x, wigner, scale, grad_x,
+        _backward, (len(x), rows.lmax + 1, blocks(channels, _CHANNELS)), x, grad, x, wigner, scale, total,
         grad_scale, edges.source_ptr, edges.by_source, edges.row_ptr, start, stop, S=rows.num_full,
         C=channels, ROWS=rows.num_kept, RADIAL=rows.num_radial, PACKED=rows.num_packed, LMAX=rows.lmax,
         MMAX=rows.mmax, K=power_of_two(2 * rows.lmax + 1), B=_CHANNELS, num_warps=1,
     )  # fmt: skip
+    if total is not grad_x:
+        grad_x.copy_(total)
     return grad_scale
 
 
@@ -211,5 +214,5 @@ class _Rotate(torch.autograd.Function):
 
 
 def rotate(x: Tensor, edges: Edges, wigner: Tensor, scale: Tensor, rows: Rows) -> Tensor:
-    """Rotate features into the frames of edges, with gradients for ``x`` and ``scale``; see `rotate_forward`."""
+    """Do what `rotate_forward` does, with gradients for ``x`` and ``scale``."""
     return _Rotate.apply(x, edges, wigner, scale, rows)

@@ -1,8 +1,7 @@
-"""Packed rotations from the frames of edges, in one kernel; the formula is that of
-`fairchem_dens.ops.wigner`.
+"""Packed rotations from the frames of edges, in one kernel, by the formula of `fairchem_dens.ops.wigner`.
 
-Each entry is a sum of four products of d(β) at (±m, ±m') with cosines and sines. The four are evaluated
-from tables of their own, so that no entry needs another one.
+Each entry is a sum of four products of d(β) at (±m, ±m') with cosines and sines. The four are evaluated from
+tables of their own, so that no entry needs another one.
 """
 
 from functools import lru_cache
