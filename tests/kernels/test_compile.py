@@ -16,10 +16,12 @@ SHARED = {80: 163 * 1024, 90: 227 * 1024}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("capability", "dtype"), [(80, "float16"), (90, "bfloat16"), (90, "float32")])
-def test_kernels_compile(capability: int, dtype: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("capability", "precision"), [(80, "float16"), (90, "bfloat16"), (90, "float32"), (90, "tf32")]
+)
+def test_kernels_compile(capability: int, precision: str, tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-P", str(SCRIPT), str(capability), dtype],
+        [sys.executable, "-P", str(SCRIPT), str(capability), precision],
         cwd=tmp_path, env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}, capture_output=True, text=True,
         check=False,
     )  # fmt: skip

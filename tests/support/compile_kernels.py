@@ -2,9 +2,10 @@
 
     python compile_kernels.py 90 bfloat16
 
-Triton brings its own compiler; only launching needs a device. So nothing is launched: the operations run, with
-their gradients, on tensors without meaning, and each kernel they would launch is compiled. Printed is a line of
-JSON for each: name, registers, bytes of stack (what did not fit in registers) and of shared memory.
+Triton brings its own compiler; only launching needs a device. So nothing is launched: the operations run,
+with their gradients, on tensors without meaning, and each kernel they would launch is compiled, for a later
+run, too. Printed is a line of JSON for each: name, registers, bytes of stack (what did not fit in registers)
+and of shared memory.
 """
 
 from __future__ import annotations
@@ -68,8 +69,10 @@ def compile_instead(kernel: Any, grid: tuple[int, ...], on: Any, *arguments: Any
     print(json.dumps(line), flush=True)
 
 
-def main(capability: int, dtype: torch.dtype) -> None:
-    """Compile all."""
+def main(capability: int, precision: str) -> None:
+    """Compile all, for features of a type of torch's, or of float32 multiplied in tf32."""
+    dtype = torch.float32 if precision == "tf32" else getattr(torch, precision)
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     driver.set_active(NoDevice(capability))
     names = ("attend", "edge_degree", "grid_ffn", "norm", "rotate", "s2_activation", "wigner")
     modules = {name: import_module(f"fairchem_dens.ops.fused.{name}") for name in names}
@@ -100,7 +103,7 @@ def main(capability: int, dtype: torch.dtype) -> None:
             for kind in modules["norm"].SPLIT
         ),
     ]
-    if dtype != torch.float32:  # in full single precision the network on the grid is left to the plain twin
+    if precision != "float32":  # in full single precision the network on the grid is left to the plain twin
         weight = learned(CHANNELS, CHANNELS, kind=single)
         outputs.append(modules["grid_ffn"].grid_mlp(learned(3, rows.num_full, CHANNELS), weight, full, full))
     for out in outputs:
@@ -108,4 +111,4 @@ def main(capability: int, dtype: torch.dtype) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), getattr(torch, sys.argv[2]))
+    main(int(sys.argv[1]), sys.argv[2])
