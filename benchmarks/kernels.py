@@ -3,9 +3,9 @@
     python benchmarks/kernels.py --precisions fp32 tf32 bf16 --out benchmarks/results/x.json
 
 Sizes are those of the paper's OC20 model on 8 structures of 80 atoms. Both take turns; times are medians over
-the rounds, until the device is done. Gigabytes are what an operation must read and write at least: its inputs,
-its output and, backward, their gradients; teraflops are those of its matrix products, for operations that have
-some. The error is the largest difference from float64 over the largest value, of output and gradients.
+the rounds, until the device is done. Gigabytes are what an operation must read and write at least: its inputs
+and output, and backward their gradients; teraflops are those of its matrix products, if it has any. The error
+is the largest difference from float64 over the largest value, of output and gradients.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def wait(device: str) -> None:
 
 
 def timed(args: argparse.Namespace, call: Callable[[], Any]) -> float:
-    """Seconds of a call, the mean over some calls in a row, so that the launch of one hides behind another."""
+    """Seconds of a call, the mean over some in a row, so that the launch of one hides behind another."""
     wait(args.device)
     start = time.perf_counter()
     for _ in range(args.repeats):

@@ -1,4 +1,4 @@
-"""How many structures fit into a GPU's memory in a training step, on fairchem's modules and on our operations.
+"""How many structures of a training step fit into a GPU's memory, on fairchem's modules and on ours.
 
     python benchmarks/largest_batch.py --precisions fp32 bf16 --gib 80 --out benchmarks/results/x.json
 

@@ -56,6 +56,9 @@ class NoDevice:
 def compile_instead(kernel: Any, grid: tuple[int, ...], on: Any, *arguments: Any, **constants: Any) -> None:
     """Take the place of `fairchem_dens.ops.fused.launching.launch`."""
     compiled = kernel.warmup(*arguments, grid=grid, **constants)
+    for one in arguments:
+        if isinstance(one, torch.Tensor) and one.dtype == torch.int32:
+            one.zero_()  # numbers that a later step would go by
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -74,7 +77,7 @@ def main(capability: int, precision: str) -> None:
     dtype = torch.float32 if precision == "tf32" else getattr(torch, precision)
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     driver.set_active(NoDevice(capability))
-    names = ("attend", "edge_degree", "grid_ffn", "norm", "rotate", "s2_activation", "wigner")
+    names = ("attend", "edge_degree", "grid_ffn", "neighbours", "norm", "rotate", "s2_activation", "wigner")
     modules = {name: import_module(f"fairchem_dens.ops.fused.{name}") for name in names}
     for module in modules.values():
         module.launch = compile_instead
@@ -108,6 +111,12 @@ def main(capability: int, precision: str) -> None:
         outputs.append(modules["grid_ffn"].grid_mlp(learned(3, rows.num_full, CHANNELS), weight, full, full))
     for out in outputs:
         out.sum().backward()
+    atoms, cell = torch.zeros(6, dtype=torch.long), torch.eye(3)[None]
+    periodic = torch.ones(1, 3, dtype=torch.bool)
+    for strict in (True, False):
+        modules["neighbours"].neighbours(
+            torch.randn(6, 3), cell, atoms, torch.tensor([6]), periodic, 6.0, 20, strict
+        )
 
 
 if __name__ == "__main__":

@@ -8,9 +8,11 @@ evaluated, because Triton's interpreter looks for those of arguments that are kn
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from importlib import import_module
 
 import torch
+from torch import Tensor
 
 from fairchem_dens.ops.operations import Operations
 
@@ -23,9 +25,27 @@ def operations() -> Operations:
 
     Raises:
         ImportError: Triton is not installed.
-        ValueError: the environment variable has another value.
         RuntimeError: there is no GPU, or the environment forbids fused operations.
+        ValueError: the environment variable has another value.
     """
+    interpreted = _are_interpreted()
+    return import_module("fairchem_dens.ops.fused.choice").guarded(interpreted)
+
+
+def neighbour_search(device: torch.device) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """Return `fairchem_dens.ops.fused.neighbours.neighbours` if it can run on a device."""
+    try:
+        interpreted = _are_interpreted()
+        search = import_module("fairchem_dens.ops.fused.neighbours").neighbours
+    except (ImportError, RuntimeError):
+        return None
+    if device.type == "cuda":
+        return search if torch.cuda.get_device_capability(device) >= (8, 0) else None
+    return search if interpreted else None
+
+
+def _are_interpreted() -> bool:
+    """Tell whether kernels run in Triton's interpreter, on the CPU; raise where they cannot run at all."""
     wanted = os.environ.get(SWITCH, "auto")
     if wanted not in ("auto", "plain", "fused"):
         raise ValueError(f"The variable {SWITCH} must be 'auto', 'plain' or 'fused', found {wanted!r}.")
@@ -34,4 +54,4 @@ def operations() -> Operations:
     interpreted = wanted == "fused" and os.environ.get("TRITON_INTERPRET") == "1"
     if not interpreted and not torch.cuda.is_available():
         raise RuntimeError("there is no GPU")
-    return import_module("fairchem_dens.ops.fused.choice").guarded(interpreted)
+    return interpreted
