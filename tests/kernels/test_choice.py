@@ -91,8 +91,11 @@ def test_each_is_fused_and_agrees(
     with caplog.at_level(logging.INFO):
         for _, found, expected, inputs in cases(operations, device):
             check(found, expected, inputs, device)
-    # The exact results are in float64; nothing else may have been left to the plain twins.
-    assert not [record for record in caplog.messages if "float64" not in record]
+    # The exact results are in float64; nothing else may have been left to the plain twins, but for one that a
+    # GPU does better with its libraries in full single precision.
+    left = [message for message in caplog.messages if "float64" not in message]
+    assert all("'grid_mlp'" in message for message in left)
+    assert not left or device == "cuda"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
