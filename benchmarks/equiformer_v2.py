@@ -107,10 +107,8 @@ class Variant:
             kernels = sum(event.device_type == torch.autograd.DeviceType.CUDA for event in events)
             waits = sum(event.name == "cudaStreamSynchronize" for event in events)
             return {"peak_MiB": peak / 2**20, "kernels": kernels, "waits": waits}
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-            self()
         counter = _Counter()
-        with counter:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded, counter:
             self()
         return {"peak_MiB": _peak(recorded) / 2**20, "kernels": counter.kernels, "waits": counter.waits}
 
@@ -243,16 +241,20 @@ def table(rows: list[dict[str, Any]]) -> str:
     names = list(rows[0])
     lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
     for row in rows:
-        cells = (f"{row.get(name):.1e}" if name.startswith("error") else str(row.get(name, "")) for name
-        in names) lines.append("| " + " | ".join(cells) + " |")
+        values = [row.get(name, "") for name in names]
+        cells = [
+            f"{value:.1e}" if name.startswith("error") else str(value)
+            for name, value in zip(names, values, strict=True)
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def describe(device: str) -> dict[str, Any]:
     """Machine and versions."""
-    name = torch.cuda.get_device_name() if device.startswith("cuda") else f"CPU, {torch.get_num_threads()}
-    threads" return {"device": name, "versions": {"python": platform.python_version(), "torch":
-    torch.__version__}}
+    on_gpu = device.startswith("cuda")
+    name = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
+    return {"device": name, "versions": {"python": platform.python_version(), "torch": torch.__version__}}
 
 
 def write(out: Path, result: dict[str, Any]) -> None:

@@ -85,10 +85,12 @@ def train(frames: list[Any], args: argparse.Namespace) -> list[tuple[float, floa
     chosen = np.random.default_rng(args.seed)
     losses = []
     for step in tqdm(range(args.steps), leave=False):
-        batch = Batch.from_data_list([frames[i].clone() for i in chosen.integers(len(frames),
-        size=args.batch)]) noisy = Corruption(prob=0.5, std=0.1, corrupt_ratio=0.5) batch = corrupt(batch,
-        noisy, seed=args.seed, epoch=step, selected=bool(step % 2)).to(device) pair = [] for model,
-        optimizer in zip(models, optimizers, strict=True):
+        picked = chosen.integers(len(frames), size=args.batch)
+        batch = Batch.from_data_list([frames[i].clone() for i in picked])
+        noisy = Corruption(prob=0.5, std=0.1, corrupt_ratio=0.5)
+        batch = corrupt(batch, noisy, seed=args.seed, epoch=step, selected=bool(step % 2)).to(device)
+        pair = []
+        for model, optimizer in zip(models, optimizers, strict=True):
             torch.manual_seed(step)  # the frames of edges are rolled alike
             loss = loss_of(model(batch), batch)
             optimizer.zero_grad()

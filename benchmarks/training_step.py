@@ -11,6 +11,7 @@ that a change of clock or load meets all of them.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import statistics
@@ -42,11 +43,14 @@ NOT_IN_BACKBONE = ("name", "regress_forces")
 
 
 def make_batch(structures: int, natoms: int) -> Batch:
-    """Slabs of copper, ``natoms`` atoms each (a multiple of 20), the lower half fixed."""
+    """Slabs of copper, ``natoms`` atoms each, as close to cubes as that allows, the lower half fixed."""
+    shapes = itertools.product(range(1, natoms + 1), repeat=2)
+    sizes = [(x, y, natoms // (x * y)) for x, y in shapes if natoms % (x * y) == 0]
+    size = min(sizes, key=lambda one: (max(one) - min(one), one[2]))
     rng = np.random.default_rng(0)
     made = []
     for index in range(structures):
-        atoms = fcc111("Cu", (4, 5, natoms // 20), vacuum=8.0, periodic=True)
+        atoms = fcc111("Cu", size, vacuum=8.0, periodic=True)
         atoms.rattle(0.1, seed=index)
         data = data_from_atoms(
             atoms, sid=index, fid=0, energy=rng.normal(), forces=rng.normal(size=(len(atoms), 3))
@@ -194,7 +198,7 @@ def main() -> int:
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--structures", type=int, default=8, help="in a batch (default: 8)")
-    parser.add_argument("--natoms", type=int, default=80, help="of each, a multiple of 20 (default: 80)")
+    parser.add_argument("--natoms", type=int, default=80, help="of each (default: 80)")
     parser.add_argument("--layers", type=int, help="instead of the configuration's 12")
     parser.add_argument("--lmax", type=int, help="instead of the configuration's 6")
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=["fp32"])

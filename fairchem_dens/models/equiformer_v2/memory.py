@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,9 @@ LEVELS = ("none", "activations", "layers")
 - ``activations``: radial weights and rotated features, the next largest tensors, are made again as well.
 - ``layers``: of an attention or feed-forward layer, only its input is kept.
 """
+
+# What torch 2.4 says about its own code, at each use.
+warnings.filterwarnings("ignore", message=".*torch.cpu.amp.autocast", category=FutureWarning)
 
 
 def recomputed(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
