@@ -18,7 +18,7 @@ from fairchem_dens.ops import fused
 from fairchem_dens.ops.layout import Rows
 from fairchem_dens.ops.operations import PLAIN, Operations
 from fairchem_dens.ops.so2 import RadialTail
-from fused import Operation, check, edges_of, errors, run
+from fused import Operation, check, edges_of, errors, root_mean_square, run
 
 
 @pytest.fixture
@@ -112,9 +112,9 @@ def test_half_precision(operations: Operations, device: str, dtype: torch.dtype)
         return under
 
     for name, found, expected, inputs in cases(operations, device):
-        wrong, twin = errors(autocast(found), autocast(expected), inputs, torch.float32, device)
-        # By chance one of few numbers is a little worse.
-        assert all(one <= 1.5 * other + 1e-6 for one, other in zip(wrong, twin, strict=True)), (
+        wrong, twin = errors(autocast(found), autocast(expected), inputs, device, root_mean_square)
+        # By chance some numbers are a little worse.
+        assert all(one <= 1.25 * other + 1e-6 for one, other in zip(wrong, twin, strict=True)), (
             name,
             wrong,
             twin,

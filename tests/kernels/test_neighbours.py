@@ -43,8 +43,15 @@ def batch(request: pytest.FixtureRequest) -> Batch:
     return prepared(Batch.from_data_list(structures), 100)
 
 
-@pytest.mark.parametrize("strict", [True, False])
-@pytest.mark.parametrize("wanted", [5, 12])
+@pytest.mark.parametrize(
+    ("wanted", "strict"),
+    [
+        (5, True),
+        pytest.param(12, True, marks=pytest.mark.slow),
+        pytest.param(5, False, marks=pytest.mark.slow),
+        pytest.param(12, False, marks=pytest.mark.slow),
+    ],
+)
 def test_edges(batch: Batch, wanted: int, strict: bool, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     settings: dict[str, Any] = {"cutoff": 4.0, "max_neighbors": wanted, "use_pbc": True, "otf_graph": True}
     monkeypatch.setenv(fused.SWITCH, "plain")

@@ -92,7 +92,7 @@ def _against_attend(
 
 
 def _against_grid_mlp(x: Tensor, *_: Any) -> str | None:
-    _, rows, hidden = x.shape
+    rows, hidden = x.shape[1:]
     if rows > 64 or hidden not in (16, 32, 64, 128):
         return f"it has {rows} rows and {hidden} channels, not at most 64 and one of 16, 32, 64 and 128"
     if not x.is_cuda:
