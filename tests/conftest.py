@@ -22,6 +22,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
+
+# Before anything imports triton: where there is no GPU, its kernels are interpreted.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from hypothesis import HealthCheck, settings
 from torch_geometric.data import Data
 

@@ -13,6 +13,7 @@ from torch_geometric.data import Data
 from torch_geometric.nn import radius_graph
 
 from fairchem_dens import keys
+from fairchem_dens.ops.fused import neighbour_search
 
 _SAME_DISTANCE = 1e-3
 """Å². Squared distances closer than this count as equal where neighbours have to be chosen."""
@@ -112,6 +113,7 @@ def _periodic_edges(data: Any, cutoff: float, max_neighbors: int, strict: bool) 
 
     fairchem's search looks one period beyond the cutoff, which is enough for atoms inside the cell only, and
     knows one periodicity for a whole batch. So it is given wrapped positions, and each periodicity by itself.
+    Where there is a GPU that our own search runs on, that one finds the same edges.
     """
     batch, natoms = data[keys.BATCH], data[keys.NATOMS]
     pos, cell = data[keys.POS].detach(), data[keys.CELL].detach().to(data[keys.POS].dtype)
@@ -123,6 +125,10 @@ def _periodic_edges(data: Any, cutoff: float, max_neighbors: int, strict: bool) 
     images = torch.where(pbc[batch], fractional.floor(), torch.zeros_like(fractional))
     wrapped = pos - (images[:, None] @ cell[batch])[:, 0]
 
+    search = neighbour_search(pos.device)
+    if search is not None:
+        edge_index, offset = search(wrapped, cell, batch, natoms, pbc, cutoff, max_neighbors, strict)
+        return edge_index, offset.to(pos.dtype) - images[edge_index[0]] + images[edge_index[1]]
     edges, offsets = [], []
     for periodicity in pbc.unique(dim=0):
         chosen = (pbc == periodicity).all(dim=1)
