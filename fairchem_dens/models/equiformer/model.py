@@ -250,6 +250,7 @@ class EquiformerDeNS(WithoutGeneratedBuffers):
             vectors, mask = edge_vectors(pos, neighbors, self.max_radius)
             edges = Edges(
                 neighbors.index,
+                neighbors.reverse,
                 mask,
                 self.spherical_harmonics(vectors).to(dtype),
                 self.rbf(torch.linalg.vector_norm(vectors, dim=-1)).to(dtype),
