@@ -1,8 +1,8 @@
 """From atoms to pairs of atoms, with a gradient that needs neither atomics nor sorting.
 
-Where each pair (i, j) has its reverse (j, i) in the same table, the sum over all pairs that start from an atom
-is a sum over the reversed pairs that end at it, which stand in its row. So the transposed of reading is reading
-as well: the sum has one order, on every device, and derivatives of any order are these two operations.
+Where each pair (i, j) has its reverse (j, i) in the same table, a sum over all pairs that lead to an atom is
+one over the reversed pairs, which stand in its row. So the transposed of reading is reading as well: the sum
+has one order, on every device, and derivatives of any order are these two operations.
 """
 
 from __future__ import annotations

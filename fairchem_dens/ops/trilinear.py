@@ -73,9 +73,7 @@ class Layout:
             components: of each target.
             paths: how many lead from each source to each target.
         """
-        rows = [
-            [0, *accumulate(p * d for p, d in zip(counts, components, strict=True))] for counts in paths
-        ]
+        rows = [[0, *accumulate(p * d for p, d in zip(counts, components, strict=True))] for counts in paths]
         columns = [
             [0, *accumulate(counts[target] * mul for counts, mul in zip(paths, channels, strict=True))]
             for target in range(len(components))

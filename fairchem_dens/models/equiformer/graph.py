@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fairchem_dens.models.equiformer.tensor_product import Couplings, DepthwiseTensorProduct, Path
@@ -112,5 +113,5 @@ def edge_vectors(pos: Tensor, neighbors: Neighbors, cutoff: float) -> tuple[Tens
     """
     vectors = gather(pos, neighbors.index, neighbors.reverse).view(*neighbors.index.shape, 3) - pos[:, None]
     mask = neighbors.is_pair & (vectors.detach().square().sum(dim=-1) < cutoff**2)
-    constant = vectors.new_tensor([0.0, 0.0, cutoff])
+    constant = F.pad(vectors.new_full((1,), cutoff), (2, 0))
     return torch.where(mask[..., None], vectors, constant).view(-1, 3), mask
