@@ -18,6 +18,7 @@ Source: e3nn's tensor products with connection mode 'uvu' (arXiv 2207.09453), re
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -150,9 +151,10 @@ class _Product(torch.autograd.Function):
         count = len(layout.channels)
         x, matrices = inputs[:count], inputs[count:]
         out = _empty_targets(layout, x[0])
-        for edges in _chunks(x[0]):
-            products = [torch.bmm(m[edges], one[edges]) for m, one in zip(matrices, x, strict=True)]
-            _write_targets([one[edges] for one in out], products, _part(weights, edges), layout)
+        with _in_full_precision(x[0]):
+            for edges in _chunks(x[0]):
+                products = [torch.bmm(m[edges], one[edges]) for m, one in zip(matrices, x, strict=True)]
+                _write_targets([one[edges] for one in out], products, _part(weights, edges), layout)
         return tuple(out)
 
     @staticmethod
@@ -174,6 +176,13 @@ class _Gradients(torch.autograd.Function):
         ctx.layout = layout
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(weights, *inputs)
+        with _in_full_precision(inputs[0]):
+            return _Gradients._computed(layout, wanted, weights, inputs)
+
+    @staticmethod
+    def _computed(
+        layout: Layout, wanted: Sequence[bool], weights: Tensor | None, inputs: Sequence[Tensor]
+    ) -> tuple[Tensor | None, ...]:
         count = len(layout.channels)
         x, matrices, gradients = inputs[:count], inputs[count : 2 * count], inputs[2 * count :]
         by_weights = torch.empty_like(weights) if wanted[0] and weights is not None else None
@@ -294,6 +303,13 @@ def _second_by_parts(
         for place, one in enumerate(outputs):
             add(1 + 2 * count + place, one)
     return total
+
+
+def _in_full_precision(x: Tensor) -> AbstractContextManager[Any]:
+    """Keep mixed precision out: what is written into memory that is already there has its type."""
+    if x.device.type in ("cpu", "cuda"):
+        return torch.autocast(x.device.type, enabled=False)
+    return nullcontext()
 
 
 def _chunks(x: Tensor) -> list[slice]:
