@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from fairchem.core.common.utils import load_config
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch_geometric.data import Batch, Data
 from tqdm import tqdm

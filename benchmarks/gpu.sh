@@ -45,6 +45,8 @@ cat "$results/machine.json"
 step cuda_tests "$PYTHON" -P -m pytest -q -m cuda -p no:cacheprovider -rA tests/cuda
 step training_step "$PYTHON" -P benchmarks/training_step.py --device cuda \
   --precisions fp32 tf32 fp16 bf16 --out "$results/training_step.json"
+step equiformer "$PYTHON" -P benchmarks/equiformer.py --device cuda --configs aspirin aspirin_baseline aspirin_l3 \
+  --out "$results/equiformer.json"
 step reading "$PYTHON" -P benchmarks/reading.py --out "$results/reading.json"
 tail -n 15 "$results"/*.log
 exit $failed
