@@ -51,13 +51,16 @@ def train(name: str, dens: bool, folder: Path, monkeypatch: Any, real_data: Any,
     return losses
 
 
-@pytest.mark.parametrize("dens", [True, False], ids=["DeNS", "baseline"])
-@pytest.mark.parametrize("name", ["aspirin", "ethanol"])
-def test_losses_fall_on_real_molecules(name, dens, tmp_path, monkeypatch, real_data, fairchem):
-    losses = train(name, dens, tmp_path, monkeypatch, real_data, fairchem)
+def assert_falls(losses: np.ndarray) -> None:
+    """The loss of the last steps is well below that of the first."""
     first, last = losses[:40].mean(), losses[-40:].mean()
-    print(f"{name}, DeNS {dens}: loss {first:.2f} in steps 1-40, {last:.2f} in the last 40 of {len(losses)}")
+    print(f"loss {first:.2f} in steps 1-40, {last:.2f} in the last 40 of {len(losses)}")
     assert last < 0.8 * first
+
+
+@pytest.mark.parametrize(("name", "dens"), [("aspirin", True), ("aspirin", False), ("ethanol", False)])
+def test_losses_fall_on_real_molecules(name, dens, tmp_path, monkeypatch, real_data, fairchem):
+    assert_falls(train(name, dens, tmp_path, monkeypatch, real_data, fairchem))
 
 
 def total_energies(atoms: Atoms, calculator: Any, step_fs: float, duration_fs: float) -> np.ndarray:
@@ -78,9 +81,7 @@ def slope_and_spread(energies: np.ndarray, step_fs: float) -> tuple[float, float
     return float(slope), float(np.std(energies - start - slope * time))
 
 
-def test_dynamics_of_a_trained_model_drift_no_more_than_the_integrator(
-    tmp_path, monkeypatch, real_data, fairchem
-):
+def test_a_model_trained_with_dens_conserves_the_energy(tmp_path, monkeypatch, real_data, fairchem):
     """Ethanol at constant energy in ASE, through fairchem's calculator.
 
     Velocity Verlet conserves an energy that differs from the true one by something of the order of the step
@@ -89,26 +90,26 @@ def test_dynamics_of_a_trained_model_drift_no_more_than_the_integrator(
     """
     from fairchem.core import OCPCalculator
 
-    train("ethanol", True, tmp_path, monkeypatch, real_data, fairchem)
-    checkpoint = tmp_path / "checkpoints" / "run" / "checkpoint.pt"
+    assert_falls(train("ethanol", True, tmp_path, monkeypatch, real_data, fairchem))
     # The model predicts kcal/mol, ASE reads eV.
-    trained = OCPCalculator(checkpoint_path=str(checkpoint), cpu=True, seed=0)
+    trained = OCPCalculator(checkpoint_path=str(fairchem.file()), cpu=True, seed=0)
     calculator = LinearCombinationCalculator([trained], [KCAL])
     frames = np.load(real_data("rmd17/rmd17_ethanol.npz"))
     atoms = Atoms(frames["nuclear_charges"], frames["coords"][0])
     atoms.calc = calculator
-    FIRE(atoms, logfile=None).run(fmax=0.05, steps=200)
+    FIRE(atoms, logfile=None).run(fmax=0.05, steps=60)
     MaxwellBoltzmannDistribution(atoms, temperature_K=300, rng=np.random.default_rng(0))
     Stationary(atoms)
     ZeroRotation(atoms)
 
-    picoseconds = 2.0
-    drift, spread = slope_and_spread(total_energies(atoms, calculator, 0.5, 1000 * picoseconds), 0.5)
-    _, half = slope_and_spread(total_energies(atoms, calculator, 0.25, 500), 0.25)
-    _, whole = slope_and_spread(total_energies(atoms, calculator, 0.5, 500), 0.5)
+    picoseconds = 1.0
+    energies = total_energies(atoms, calculator, 0.5, 1000 * picoseconds)
+    drift, spread = slope_and_spread(energies, 0.5)
+    _, whole = slope_and_spread(energies[:401], 0.5)
+    _, half = slope_and_spread(total_energies(atoms, calculator, 0.25, 200), 0.25)
     print(
         f"ethanol, {picoseconds} ps: drift {1000 * drift:.4f} meV/ps, spread {1000 * spread:.4f} meV; over "
-        f"0.5 ps {1000 * whole:.4f} meV at 0.5 fs, {1000 * half:.4f} meV at 0.25 fs"
+        f"0.2 ps {1000 * whole:.4f} meV at 0.5 fs, {1000 * half:.4f} meV at 0.25 fs"
     )
     assert abs(drift) * picoseconds < spread
     assert 2.5 < whole / half < 6
