@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from fairchem.core.common import distutils
 from torch import Tensor
+from torch.optim.optimizer import Optimizer
 from torch_geometric.data import Data
 
 from fairchem_dens import keys, objective
@@ -191,7 +192,7 @@ class _Updated:
         self._steps.take_norm()
 
 
-def set_capturable(optimizer: torch.optim.Optimizer, wanted: bool) -> None:
+def set_capturable(optimizer: Optimizer, wanted: bool) -> None:
     """Keep what an optimizer counts on the device, or on the host.
 
     Args:
