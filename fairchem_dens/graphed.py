@@ -21,6 +21,7 @@ from torch_geometric.data import Data
 
 from fairchem_dens import keys, objective
 from fairchem_dens.cuda_graph import Recorded, Tensors
+from fairchem_dens.training import finite
 
 SETTING = "optim.cuda_graph"
 _NOISE = "noise_coefficient"
@@ -59,7 +60,8 @@ class GraphedSteps:
         tensors = {f"{name}/{self._largest}": batch[name] for name in self._fields(batch)}
         rates = {f"lr_{place}": float(group["lr"]) for place, group in enumerate(self._groups)}
         trainer._begin_update()
-        results = self._recorded(tensors, rates | {_NOISE: trainer._noise_coefficient()})
+        coefficient = trainer._noise_coefficient if trainer.noise_loss is not None else 0.0
+        results = self._recorded(tensors, rates | {_NOISE: coefficient})
         self.loss, self._norm = results[_LOSS], results[_NORM]
         return {name: value for name, value in results.items() if name not in (_LOSS, _NORM)}
 
@@ -71,12 +73,11 @@ class GraphedSteps:
             A loss to hand to it.
         """
         trainer, optimizer = self._trainer, self._trainer.optimizer
-        clip = trainer.clip_grad_norm
-        trainer.optimizer, trainer.clip_grad_norm = _Updated(self), None
+        trainer.optimizer = _Updated(self)
         try:
             yield self.loss.clone().requires_grad_()
         finally:
-            trainer.optimizer, trainer.clip_grad_norm = optimizer, clip
+            trainer.optimizer = optimizer
 
     def take_norm(self) -> None:
         """Tell the trainer the norm of the gradient before it was clipped."""
@@ -100,13 +101,14 @@ class GraphedSteps:
         loss = self._loss(out, batch, numbers[_NOISE])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        gradients = [one.grad for group in self._groups for one in group["params"] if one.grad is not None]
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-        if trainer.clip_grad_norm:
-            torch._foreach_mul_(gradients, (trainer.clip_grad_norm / (norm + 1e-6)).clamp(max=1.0))
+        # The trainer clips, and passes over what is not finite, in a hook of the optimizer.
         with self._rates_of(numbers):
             optimizer.step()
-        return {name: one.detach() for name, one in out.items()} | {_LOSS: loss.detach(), _NORM: norm}
+        finite.forget_skip(optimizer)
+        return {name: one.detach() for name, one in out.items()} | {
+            _LOSS: loss.detach(),
+            _NORM: trainer._grad_norm,
+        }
 
     @contextlib.contextmanager
     def _rates_of(self, numbers: Tensors) -> Iterator[None]:
@@ -238,11 +240,13 @@ def why_not(trainer: Any) -> str | None:
         return f"steps of {type(model).__name__} wait for the device. It is for EquiformerDeNS."
     if distutils.get_world_size() > 1:
         return "there are several ranks, whose gradients are averaged in between."
-    if trainer.scaler is not None:
-        return "the gradient scaler of mixed precision waits for the device (--amp)."
+    if trainer.scaler is not None or trainer.config["amp"]:
+        return "mixed precision (--amp) is not supported."
     if any("capturable" not in group for group in trainer.optimizer.param_groups):
         name = type(trainer.optimizer).__name__
         return f"'optim.optimizer' is {name}, which cannot be recorded; AdamW can."
+    if trainer.device.type == "cuda" and not finite.can_skip_on_device(trainer.optimizer):
+        return "'optim.optimizer_params' choose an implementation of the optimizer other than 'fused'."
     if trainer.elementrefs:
         return "'element_references' are not supported."
     if any("decomposition" in settings for settings in trainer.output_targets.values()):
