@@ -55,22 +55,24 @@ for precision in bfloat16 float16 tf32 float32; do
   step "compile_$precision" 150 "$PYTHON" -P tests/support/compile_kernels.py "$capability" "$precision" &
 done
 for tests in cuda kernels/test_edges.py kernels/test_nodes.py kernels/test_choice.py; do
-  step "tests_$(basename "$tests" .py)" 170 \
+  step "tests_$(basename "$tests" .py)" 160 \
     "$PYTHON" -P -m pytest -q -m cuda -p no:cacheprovider -rA "tests/$tests" &
 done
 wait
-step kernels 90 "$PYTHON" -P benchmarks/kernels.py --precisions bf16 fp16 tf32 fp32 --errors \
+step kernels 80 "$PYTHON" -P benchmarks/kernels.py --precisions bf16 fp16 tf32 fp32 --errors \
   --rounds 7 --repeats 3 --out "$results/kernels.json"
-step equiformer_v2 120 "$PYTHON" -P benchmarks/equiformer_v2.py --precisions bf16 fp16 tf32 fp32 \
+step equiformer_v2 110 "$PYTHON" -P benchmarks/equiformer_v2.py --precisions bf16 fp16 tf32 fp32 \
   --rounds 5 --out "$results/equiformer_v2.json"
-step largest_batch 60 "$PYTHON" -P benchmarks/largest_batch.py --precisions bf16 --gib 80 \
+step largest_batch 50 "$PYTHON" -P benchmarks/largest_batch.py --precisions bf16 --gib 80 \
   --out "$results/largest_batch.json"
 if [[ -n $TRAJECTORIES ]]; then
-  step same_training 100 "$PYTHON" -P benchmarks/same_training.py "$TRAJECTORIES" --steps 200 --layers 4 --lmax 6 \
+  step same_training 90 "$PYTHON" -P benchmarks/same_training.py "$TRAJECTORIES" --steps 200 --layers 4 --lmax 6 \
     --channels 128 --out "$results/same_training.json"
 fi
-step training_step 40 "$PYTHON" -P benchmarks/training_step.py --device cuda \
+step training_step 35 "$PYTHON" -P benchmarks/training_step.py --device cuda \
   --precisions bf16 --rounds 5 --out "$results/training_step.json"
-step reading 30 "$PYTHON" -P benchmarks/reading.py --out "$results/reading.json"
+step equiformer 50 "$PYTHON" -P benchmarks/equiformer.py --device cuda \
+  --configs aspirin aspirin_baseline aspirin_l3 --out "$results/equiformer.json"
+step reading 15 "$PYTHON" -P benchmarks/reading.py --out "$results/reading.json"
 tail -n 15 "$results"/*.log
 ! [ -e "$results/failed" ]

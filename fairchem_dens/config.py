@@ -56,6 +56,7 @@ _OPTIM_KEYS = (
     "checkpoint_every",
     "load_datasets_and_model_then_exit",
     *STEP_KEYS,
+    "cuda_graph",
 )
 """What is read of ``optim`` where the schedule is under ``scheduler_params``."""
 _LOSS_NAMES = {"loss_energy": "energy", "loss_force": "forces", "loss_forces": "forces"}

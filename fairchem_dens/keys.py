@@ -55,6 +55,9 @@ CORRUPTED: Final = "corrupted"
 
 DENS_FIELDS: Final = (NOISE_VEC, NOISE_MASK, CONDITION_FORCES, SIGMAS, CORRUPTED)
 
+LARGEST: Final = "largest"
+"""int, atoms of the largest structure of a batch, where the host knows it: else models ask the device."""
+
 # What a model returns, besides ``energy`` (B,) and ``forces`` (N, 3).
 NOISE: Final = "noise"
 """(N, 3) float, in units of σ: the predicted displacement of the corrupted atoms."""

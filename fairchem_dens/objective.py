@@ -186,7 +186,7 @@ def force_and_noise_loss(
     atoms: SupervisedAtoms,
     *,
     force_coefficient: float,
-    noise_coefficient: float,
+    noise_coefficient: float | Tensor,
     reduction: Reduction,
     sum_over_ranks: Callable[[Tensor], Tensor] = lambda counts: counts,
     num_ranks: int = 1,

@@ -30,6 +30,7 @@ from fairchem_dens.data.collate import collate
 from fairchem_dens.data.labels import check_labels_agree
 from fairchem_dens.data.reader import with_our_readers
 from fairchem_dens.data.references import ReferenceGuard, check_settings, origins
+from fairchem_dens.graphed import GraphedSteps, is_wanted
 from fairchem_dens.launch import workers as local_workers
 from fairchem_dens.models.inputs import check_atomic_numbers
 from fairchem_dens.models.weight_decay import kept_from_decay
@@ -83,6 +84,9 @@ class DeNSTrainer(StepTrainer):
 
         self.corruption: Corruption | None = None
         self._reference_guards: dict[str, ReferenceGuard] = {}
+        self._steps_graphed: bool | None = None
+        self._graphed: GraphedSteps | None = None
+        self._graphed_step: GraphedSteps | None = None
         super().__init__(**given)
 
     def _model_settings(self, settings: dict[str, Any]) -> dict[str, Any]:
@@ -357,6 +361,10 @@ class DeNSTrainer(StepTrainer):
         check_atomic_numbers(batch, getattr(self._unwrapped_model, "max_num_elements", 1 << 30))
         for guard in self._reference_guards.values():
             guard.check(batch)
+        if training and (graphed := self._graphed_for(batch)) is not None:
+            self._on_host(batch)
+            with self._seeded():
+                return graphed.forward(batch)
         raw: dict[str, Tensor] = {}
         watch = self.model.register_forward_hook(lambda _module, _inputs, outputs: raw.update(outputs))
         try:
@@ -366,6 +374,20 @@ class DeNSTrainer(StepTrainer):
         if keys.NOISE in raw:
             outputs |= single({keys.NOISE: raw[keys.NOISE]})
         return outputs
+
+    def _graphed_for(self, batch: Any) -> GraphedSteps | None:
+        """What carries out this step, if that is to be a CUDA graph."""
+        if self._steps_graphed is None:
+            self._steps_graphed = is_wanted(self)
+        if not self._steps_graphed:
+            return None
+        if not self._unwrapped_model.has_static_shapes(batch):
+            self._graphed_step = None
+            return None
+        if self._graphed is None:
+            self._graphed = GraphedSteps(self)
+        self._graphed_step = self._graphed
+        return self._graphed
 
     def _toss_coin_of_batch(self, batch: Any) -> None:
         assert self.corruption is not None
@@ -377,6 +399,8 @@ class DeNSTrainer(StepTrainer):
             batch[key] = noisy[key]
 
     def _loss(self, out: Mapping[str, Tensor], batch: Any) -> Tensor:
+        if self.model.training and self._graphed_step is not None:
+            return self._graphed_step.loss
         if self.corruption is None or keys.NOISE_MASK not in batch:
             return super()._loss(out, batch)
         _require_noise(out, self._unwrapped_model)
@@ -407,6 +431,13 @@ class DeNSTrainer(StepTrainer):
         assert self.noise_loss is not None
         epoch = (self.step - 1) // len(self.train_loader)
         return self.noise_loss.coefficient_at(epoch, self.config["optim"]["max_epochs"])
+
+    def _backward(self, loss: Tensor) -> None:
+        if self._graphed_step is None:
+            super()._backward(loss)
+            return
+        with self._graphed_step.updated() as known:
+            super()._backward(known)
 
     def _atoms(self, batch: Any, rule: str) -> objective.SupervisedAtoms:
         assert self.corruption is not None

@@ -10,6 +10,7 @@ Source: arXiv 2403.09549, section 3.2 and equation 4.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,12 +20,14 @@ from torch import Tensor, nn
 from fairchem_dens import keys
 
 
-def force_features(forces: Tensor, lmax: int) -> Tensor:
+def force_features(forces: Tensor, lmax: int, harmonics: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """Return the spherical tensors of forces; exactly zero, with a finite gradient, where a force is zero.
 
     Args:
         forces: (N, 3), units of the data.
         lmax: highest degree.
+        harmonics: of vectors of any length but zero, up to that degree; None for e3nn's, which are
+            TorchScript.
 
     Returns:
         (N, (lmax + 1)²), degrees in ascending order.
@@ -32,10 +35,14 @@ def force_features(forces: Tensor, lmax: int) -> Tensor:
     squared = forces.square().sum(dim=-1, keepdim=True)
     is_zero = squared == 0
     norm = torch.where(is_zero, torch.ones_like(squared), squared).sqrt()
-    harmonics = o3.spherical_harmonics(
-        list(range(lmax + 1)), forces / norm, normalize=False, normalization="component"
+    values = (
+        o3.spherical_harmonics(
+            list(range(lmax + 1)), forces / norm, normalize=False, normalization="component"
+        )
+        if harmonics is None
+        else harmonics(forces / norm)
     )
-    return torch.where(is_zero, torch.zeros_like(squared), norm / math.sqrt(3.0)) * harmonics
+    return torch.where(is_zero, torch.zeros_like(squared), norm / math.sqrt(3.0)) * values
 
 
 class ForceEmbedding(nn.Module):

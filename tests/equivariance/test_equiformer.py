@@ -17,6 +17,7 @@ from torch import Tensor
 from torch_geometric.data import Batch, Data
 
 from fairchem_dens.models import EquiformerDeNS
+from fairchem_dens.models.equiformer.plain import PlainEquiformer
 from model_cases import EQUIFORMER, disturbed
 from outputs import OUTPUTS, assert_learns, predict, rotation_errors
 from precision import default_precision
@@ -100,6 +101,40 @@ class TestRotation:
         """What the paper has: its vectors are pseudovectors, so products mix what a mirror tells apart."""
         assert rotation_errors(model, batch, -torch.eye(3))["forces"] > 1e-3
         assert max(rotation_errors(make_model(**MIRRORED), batch, -torch.eye(3)).values()) < ROUNDING
+
+
+@pytest.mark.slow  # e3nn compiles fifty tensor products for each model
+class TestPlainPath:
+    """The paper's way of computing, which the fast one is measured against."""
+
+    @pytest.mark.parametrize("changes", [{}, L3, MIRRORED], ids=["L2", "L3", "odd"])
+    def test_predicts_and_learns_the_same(self, batch, changes):
+        """Predictions, and the gradients of a loss on all of them by all parameters."""
+        gradients = []
+        for kind in (lambda model: model, PlainEquiformer):
+            model = make_model(max_radius=3.0, **changes)
+            outputs = kind(model).train()(batch)
+            loss = sum((outputs[name] ** 2).sum() for name in OUTPUTS)
+            found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+            gradients.append((outputs, found, [name for name, _ in model.named_parameters()]))
+        (ours, by_ours, names), (theirs, by_theirs, _) = gradients
+        for name in OUTPUTS:
+            torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=ROUNDING)
+        for name, one, other in zip(names, by_ours, by_theirs, strict=True):
+            other = torch.zeros_like(one) if other is None else other
+            torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8, msg=name)
+
+    def test_symmetry_and_exact_forces(self, model, batch):
+        plain = PlainEquiformer(model).eval()
+        assert max(rotation_errors(plain, batch, o3.rand_matrix()).values()) < ROUNDING
+        forces, start = predict(plain, batch)["forces"], batch.pos.clone()
+        direction = torch.randn_like(start)
+
+        def energy(step: float) -> float:
+            batch.pos = start + step * direction
+            return float(predict(plain, batch)["energy"].sum())
+
+        assert abs(along(energy) + float((forces * direction).sum())) < 1e-8
 
 
 def test_forces_add_up_to_nothing(model, batch):

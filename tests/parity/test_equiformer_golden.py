@@ -12,6 +12,7 @@ from torch import Tensor
 from torch_geometric.data import Data
 
 from fairchem_dens.models import EquiformerDeNS
+from fairchem_dens.models.equiformer.plain import PlainEquiformer
 
 TOLERANCE = 1e-5
 FILE = "equiformer_md17_dens_l2.pt"
@@ -54,9 +55,11 @@ def expected(mode: str, file: dict[str, Any]) -> Tensor:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("with_gradients", [False, True])
-def test_energy_forces_and_noise(file, model, mode, with_gradients):
+@pytest.mark.parametrize("path", ["ours", pytest.param("plain", marks=pytest.mark.slow)])
+def test_energy_forces_and_noise(file, model, mode, with_gradients, path):
+    predictor = model if path == "ours" else PlainEquiformer(model).eval()
     with torch.set_grad_enabled(with_gradients):
-        outputs = model(batch_in(mode, file))
+        outputs = predictor(batch_in(mode, file))
     assert ("noise" in outputs) == (mode == "dens")
     torch.testing.assert_close(outputs["energy"], file[mode]["energy"][:, 0], rtol=0, atol=TOLERANCE)
     torch.testing.assert_close(merged(outputs, mode, file), expected(mode, file), rtol=0, atol=TOLERANCE)

@@ -205,7 +205,8 @@ class TestPartsAgainstE3nn:
             torch.nn.init.normal_(parameter)
         mask = torch.rand(4, 3) > 0.3
         harmonics = torch.cat([torch.ones(12, 1), torch.randn(12, 8)], dim=1)
-        edges = Edges(torch.zeros(4, 3, dtype=torch.long), mask, harmonics, torch.randn(12, 6))
+        nothing = torch.zeros(0, dtype=torch.long)
+        edges = Edges(torch.zeros(4, 3, dtype=torch.long), nothing, mask, harmonics, torch.randn(12, 6))
         product = DepthwiseTensorProduct(irreps, edge, irreps)
         radial = RadialProfile([6, 8, product.weight_numel], product.weight_order)
         radial.load_state_dict(ours.rad.state_dict())

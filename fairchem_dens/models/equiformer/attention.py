@@ -51,8 +51,10 @@ class ValueConvolution(nn.Module):
 
     def forward(self, x: Features, edges: Edges) -> Features:
         """Map edges of ``irreps`` to edges of ``irreps_out``."""
-        weights = self.dtp.tp["weight"][self.dtp.weight_order]
-        return self.lin(self.dtp(x, edges.couplings(self.dtp), weights))
+        # The same for all edges, so the linear layer takes them over.
+        weights = self.dtp.tp["weight"].index_select(0, self.dtp.weight_order)
+        scales = weights.split([mul for mul, _ in self.dtp.irreps_out])
+        return self.lin(self.dtp(x, edges.couplings(self.dtp), None), scales)
 
 
 class _LearnedProduct(DepthwiseTensorProduct):
@@ -106,7 +108,7 @@ class GraphAttention(nn.Module):
     def forward(self, x: Features, edges: Edges) -> Features:
         """Map atoms of ``irreps_in`` to atoms of ``irreps_out``; zero and a bias without neighbours."""
         message = [
-            (source[edges.index] + target[:, None]).flatten(0, 1)
+            (edges.of_neighbors(source) + target[:, None]).flatten(0, 1)
             for source, target in zip(self.merge_src(x), self.merge_dst(x), strict=True)
         ]
         message = self.sep_act.convolve(message, edges)

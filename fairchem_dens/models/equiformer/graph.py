@@ -9,9 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fairchem_dens.models.equiformer.tensor_product import Couplings, DepthwiseTensorProduct, Path
+from fairchem_dens.ops.gather import gather
 
 COMPLETE_UP_TO = 64
 """Rows are longer than this only if atoms have that many neighbours within the cutoff."""
@@ -24,13 +26,18 @@ class Neighbors:
     Attributes:
         index: (N, K) int64, the other atom; the atom itself where the row is padded.
         is_pair: (N, K) bool, False where the row is padded.
+        reverse: (N · K,) int64, where the pair stands with its atoms exchanged; where the row is padded, its
+            own place.
     """
 
     index: Tensor
     is_pair: Tensor
+    reverse: Tensor
 
 
-def find_neighbors(pos: Tensor, natoms: Tensor, batch: Tensor, cutoff: float) -> Neighbors:
+def find_neighbors(
+    pos: Tensor, natoms: Tensor, batch: Tensor, cutoff: float, largest: int | None = None
+) -> Neighbors:
     """List the other atoms of each atom's structure; in large ones only those within the cutoff.
 
     Args:
@@ -38,22 +45,30 @@ def find_neighbors(pos: Tensor, natoms: Tensor, batch: Tensor, cutoff: float) ->
         natoms: (B,).
         batch: (N,), ascending.
         cutoff: Å.
+        largest: atoms of the largest structure, if that is known without asking the device.
     """
-    longest = max(int(natoms.max()) - 1, 1)
+    longest = max((int(natoms.max()) if largest is None else largest) - 1, 1)
     place = torch.arange(longest, device=pos.device)
-    starts = (natoms.cumsum(0) - natoms)[batch]
-    own = torch.arange(len(pos), device=pos.device)
-    others = starts[:, None] + place + (place >= (own - starts)[:, None])
+    starts = (natoms.cumsum(0) - natoms)[batch][:, None]
+    own = torch.arange(len(pos), device=pos.device)[:, None]
+    others = starts + place + (place >= own - starts)
     is_pair = place < (natoms[batch] - 1)[:, None]
-    index = torch.where(is_pair, others, own[:, None])
+    index = torch.where(is_pair, others, own)
+    # In the row of the other, this atom is listed one place earlier if it comes behind it.
+    column = torch.where(is_pair, own - starts - (own > others).long(), place)
     if longest > COMPLETE_UP_TO:
         pos = pos.detach()
         is_pair = is_pair & ((pos[index] - pos[:, None]).square().sum(dim=-1) < cutoff**2)
         longest = max(int(is_pair.sum(dim=1).max()), 1)
         # Stable: neighbours keep their order.
-        order = is_pair.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :longest]
-        index, is_pair = index.gather(1, order), is_pair.gather(1, order)
-    return Neighbors(index, is_pair)
+        order = is_pair.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+        moved_to = torch.empty_like(order).scatter_(1, order, place.expand_as(order))
+        # Whether a pair is near enough does not depend on its order, to the last bit: both are kept.
+        column = torch.where(is_pair, moved_to[index, column], place)
+        index, is_pair, column = (one.gather(1, order[:, :longest]) for one in (index, is_pair, column))
+        column = torch.where(is_pair, column, place[:longest])
+        index = torch.where(is_pair, index, own)
+    return Neighbors(index, is_pair, (index * longest + column).view(-1))
 
 
 @dataclass(frozen=True)
@@ -62,12 +77,14 @@ class Edges:
 
     Attributes:
         index: (N, K) int64, the neighbour.
+        reverse: (E,) int64, the pair with its atoms exchanged.
         mask: (N, K) bool, whether it is within the cutoff.
         harmonics: (E, D).
         basis: (E, number), the distance in the radial basis.
     """
 
     index: Tensor
+    reverse: Tensor
     mask: Tensor
     harmonics: Tensor
     basis: Tensor
@@ -78,6 +95,10 @@ class Edges:
         if product.paths not in self._couplings:
             self._couplings[product.paths] = product.couplings(self.harmonics)
         return self._couplings[product.paths]
+
+    def of_neighbors(self, values: Tensor) -> Tensor:
+        """Read (N, ...) at the neighbours of each atom: (N, K, ...)."""
+        return gather(values, self.index, self.reverse).view(*self.index.shape, *values.shape[1:])
 
     def sum_over_neighbors(self, values: Tensor) -> Tensor:
         """Sum (E, ...) over the neighbours of each atom: (N, ...). Masked pairs must hold zeros."""
@@ -90,7 +111,7 @@ def edge_vectors(pos: Tensor, neighbors: Neighbors, cutoff: float) -> tuple[Tens
     Beyond the cutoff and where rows are padded the vector is a constant of that length: finite everywhere,
     without a gradient.
     """
-    vectors = pos[neighbors.index] - pos[:, None]
+    vectors = gather(pos, neighbors.index, neighbors.reverse).view(*neighbors.index.shape, 3) - pos[:, None]
     mask = neighbors.is_pair & (vectors.detach().square().sum(dim=-1) < cutoff**2)
-    constant = vectors.new_tensor([0.0, 0.0, cutoff])
+    constant = F.pad(vectors.new_full((1,), cutoff), (2, 0))
     return torch.where(mask[..., None], vectors, constant).view(-1, 3), mask

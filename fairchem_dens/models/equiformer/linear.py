@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from e3nn import o3
@@ -47,9 +48,18 @@ class Linear(nn.Module):
             for (_, place, mul_in, mul_out), weight in zip(self.paths, weights, strict=True)
         }
 
-    def forward(self, x: Features) -> Features:
-        """Map ``irreps_in`` to ``irreps_out``."""
+    def forward(self, x: Features, scales: Sequence[Tensor] | None = None) -> Features:
+        """Map ``irreps_in`` to ``irreps_out``.
+
+        Args:
+            x: of ``irreps_in``.
+            scales: for each input irrep (C,), numbers to multiply its channels by; None for ones.
+        """
         matrices = self.matrices()
+        if scales is not None:
+            matrices = {
+                place: scales[source][:, None] * matrices[place] for source, place, _, _ in self.paths
+            }
         sources = {place: source for source, place, _, _ in self.paths}
         out = []
         for place, (mul, ir) in enumerate(self.irreps_out):

@@ -23,7 +23,13 @@ from fairchem_dens.models.equiformer.attention import GraphAttention
 from fairchem_dens.models.equiformer.blocks import AtomEmbedding, EdgeDegreeEmbedding, TransBlock
 from fairchem_dens.models.equiformer.dropout import dropout_channels
 from fairchem_dens.models.equiformer.features import SCALAR, Features, parse_harmonics, parse_irreps
-from fairchem_dens.models.equiformer.graph import Edges, Neighbors, edge_vectors, find_neighbors
+from fairchem_dens.models.equiformer.graph import (
+    COMPLETE_UP_TO,
+    Edges,
+    Neighbors,
+    edge_vectors,
+    find_neighbors,
+)
 from fairchem_dens.models.equiformer.harmonics import SphericalHarmonics
 from fairchem_dens.models.equiformer.linear import Linear
 from fairchem_dens.models.equiformer.norm import EquivariantLayerNorm
@@ -174,6 +180,7 @@ class EquiformerDeNS(WithoutGeneratedBuffers):
             forces = parse_harmonics("irreps_equivariant_inputs", irreps_equivariant_inputs)
             self.force_embed = Linear(forces, nodes)
             self.force_sizes = [ir.dim for _, ir in forces]
+            self.force_harmonics = SphericalHarmonics(forces.lmax)
         self.blocks = nn.ModuleList(
             TransBlock(
                 nodes,
@@ -208,6 +215,14 @@ class EquiformerDeNS(WithoutGeneratedBuffers):
         """Names of the parameters that are not decayed."""
         return no_weight_decay(self)
 
+    def has_static_shapes(self, batch: Any) -> bool:
+        """Whether shapes follow from the numbers of atoms alone, so that a step can be recorded.
+
+        Args:
+            batch: on the host, else this waits for the device.
+        """
+        return int(batch[keys.NATOMS].max()) <= COMPLETE_UP_TO + 1
+
     def forward(self, data: Any) -> dict[str, Tensor]:
         """Predict, in normalised units.
 
@@ -227,7 +242,10 @@ class EquiformerDeNS(WithoutGeneratedBuffers):
         """
         data = prepared(data, self.max_num_elements)
         keeps_graph = torch.is_grad_enabled()
-        neighbors = find_neighbors(data[keys.POS], data[keys.NATOMS], data[keys.BATCH], self.max_radius)
+        largest = data[keys.LARGEST] if keys.LARGEST in data else None  # noqa: SIM401  # of Batch, no dict
+        neighbors = find_neighbors(
+            data[keys.POS], data[keys.NATOMS], data[keys.BATCH], self.max_radius, largest
+        )
         with torch.set_grad_enabled(keeps_graph or self.regress_forces):
             pos = data[keys.POS].detach().requires_grad_(self.regress_forces)
             x, edges = self._features(pos, neighbors, data)
@@ -250,6 +268,7 @@ class EquiformerDeNS(WithoutGeneratedBuffers):
             vectors, mask = edge_vectors(pos, neighbors, self.max_radius)
             edges = Edges(
                 neighbors.index,
+                neighbors.reverse,
                 mask,
                 self.spherical_harmonics(vectors).to(dtype),
                 self.rbf(torch.linalg.vector_norm(vectors, dim=-1)).to(dtype),
@@ -268,7 +287,8 @@ class EquiformerDeNS(WithoutGeneratedBuffers):
         assert self.force_embed is not None
         num_atoms, lmax = len(data[keys.POS]), len(self.force_sizes) - 1
         if self.use_force_encoding and keys.CONDITION_FORCES in data:
-            encoded = force_features(data[keys.CONDITION_FORCES].to(dtype), lmax)
+            forces = data[keys.CONDITION_FORCES].to(dtype)
+            encoded = force_features(forces, lmax, self.force_harmonics)
         else:
             encoded = data[keys.POS].new_zeros(num_atoms, (lmax + 1) ** 2, dtype=dtype)
         return self.force_embed([one[:, :, None] for one in encoded.split(self.force_sizes, dim=1)])

@@ -67,4 +67,5 @@ class RadialProfile(nn.Module):
     def forward(self, basis: Tensor) -> Tensor:
         """Map (E, number) to (E, W)."""
         last: Any = self.net[-1]
-        return F.linear(self.net[:-1](basis), last.weight[self.order], self.offset[self.order])
+        weight, offset = (one.index_select(0, self.order) for one in (last.weight, self.offset))
+        return F.linear(self.net[:-1](basis), weight, offset)

@@ -15,6 +15,7 @@ from e3nn import o3
 from torch import Tensor, nn
 
 from fairchem_dens.models.equiformer.features import SCALAR, Features, in_order
+from fairchem_dens.ops.trilinear import Layout, trilinear
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Path:
 
 
 Couplings = list[Tensor]
-"""For each irrep of the atom (E, K, 2l + 1), with the rows of all paths that start from it."""
+"""For each irrep of the atom (E, K, 2l + 1), with the rows of all paths that start from it, by target."""
 
 
 class DepthwiseTensorProduct(nn.Module):
@@ -48,6 +49,7 @@ class DepthwiseTensorProduct(nn.Module):
     """
 
     table: Tensor
+    weight_order: Tensor
 
     def __init__(self, irreps_in: o3.Irreps, irreps_edge: o3.Irreps, irreps_wanted: o3.Irreps) -> None:
         super().__init__()
@@ -62,48 +64,52 @@ class DepthwiseTensorProduct(nn.Module):
         self.irreps_out = in_order(o3.Irreps([(m, p.ir) for m, p in zip(muls, self.paths, strict=True)]))
         self.weight_numel = sum(muls)
 
-        self.rows = [[p.ir.dim for p in self.paths if p.source == place] for place in range(len(irreps_in))]
-        self.shapes = [(sum(rows), ir.dim) for rows, (_, ir) in zip(self.rows, irreps_in, strict=True)]
-        tables = [_coefficients(irreps_in[path.source].ir, irreps_edge, path) for path in self.paths]
-        # In double precision whatever the model's, so that a model made double loses nothing.
-        self.register_buffer("table", torch.cat([one.flatten(1) for one in tables], dim=1), persistent=False)
-
-        self.ending_in = [
-            [place for place, path in enumerate(self.paths) if path.ir == ir] for _, ir in self.irreps_out
+        targets = [ir for _, ir in self.irreps_out]
+        by_block = [
+            [[p for p in self.paths if p.source == place and p.ir == ir] for ir in targets]
+            for place in range(len(irreps_in))
         ]
+        self.layout = Layout.of(
+            [mul for mul, _ in irreps_in],
+            [ir.dim for ir in targets],
+            [[len(paths) for paths in blocks] for blocks in by_block],
+        )
+        self.dims = [ir.dim for _, ir in irreps_in]
+        tables = [
+            _coefficients(ir, irreps_edge, path).flatten(1)
+            for (_, ir), blocks in zip(irreps_in, by_block, strict=True)
+            for paths in blocks
+            for path in paths
+        ]
+        # In double precision whatever the model's, so that a model made double loses nothing.
+        self.register_buffer("table", torch.cat(tables, dim=1), persistent=False)
+
+        self.ending_in = [[place for place, path in enumerate(self.paths) if path.ir == ir] for ir in targets]
         of_paths = torch.arange(self.weight_numel).split(muls)
-        self.weight_order = torch.cat([of_paths[place] for places in self.ending_in for place in places])
-        """Where in a row of weights, path after path, those of each output channel stand."""
+        # Where in a row of weights, path after path, those of each output channel stand.
+        order = torch.cat([of_paths[place] for places in self.ending_in for place in places])
+        self.register_buffer("weight_order", order, persistent=False)
 
     def couplings(self, harmonics: Tensor) -> Couplings:
         """Return the matrices of edges with harmonics (E, D)."""
         flat = harmonics @ self.table.to(harmonics.dtype)
-        sizes = [rows * dim for rows, dim in self.shapes]
-        return [
-            part.view(-1, *shape) for part, shape in zip(flat.split(sizes, dim=1), self.shapes, strict=True)
-        ]
+        shapes = list(zip(self.layout.rows, self.dims, strict=True))
+        parts = flat.split([rows * dim for rows, dim in shapes], dim=1)
+        # Each a block of its own: cut out of one row, every product would read it in steps.
+        return [part.reshape(-1, *shape).contiguous() for part, shape in zip(parts, shapes, strict=True)]
 
-    def forward(self, x: Features, couplings: Couplings, weights: Tensor) -> Features:
+    def forward(self, x: Features, couplings: Couplings, weights: Tensor | None) -> Features:
         """Couple the features of E edges.
 
         Args:
             x: of ``irreps_in``.
             couplings: of `couplings`.
-            weights: (E, W) or (W,), sorted by ``weight_order``.
+            weights: (E, W), sorted by ``weight_order``; None for ones.
 
         Returns:
             Features of ``irreps_out``.
         """
-        of_paths = [
-            part
-            for matrix, one, rows in zip(couplings, x, self.rows, strict=True)
-            for part in (matrix @ one).split(rows, dim=1)
-        ]
-        by_irrep = weights.split([mul for mul, _ in self.irreps_out], dim=-1)
-        return [
-            torch.cat([of_paths[place] for place in places], dim=-1) * weight.unsqueeze(-2)
-            for places, weight in zip(self.ending_in, by_irrep, strict=True)
-        ]
+        return trilinear(x, couplings, weights, self.layout)
 
 
 def _coefficients(ir_in: o3.Irrep, irreps_edge: o3.Irreps, path: Path) -> Tensor:
