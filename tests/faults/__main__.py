@@ -4,12 +4,12 @@
 
 Runs of a tiny model with DeNS, on CPU, with 0 and 2 loader workers and with both kinds of coins. Each process
 is killed with SIGKILL in a step, while a checkpoint is written, in an evaluation, at any other moment, or by
-the loss of a loader worker; then the same `fairchem` command is given again. The exit status is 1 if a
-checkpoint was lost or could not be read, if a run did not end with exactly the weights, moving averages,
+the loss of a loader worker; then the same `fairchem` command is given again. The exit status is 1 if one of
+its checkpoints was lost or could not be read, if a run did not end with exactly the weights, averages,
 optimizer state and predictions of the undisturbed run, if one hung, or if a process was left behind.
 
-What is drawn depends on --seed alone: the same seed aims the same strikes. The moments of those that come from
-outside still depend on how fast the machine is.
+What is drawn depends on --seed alone: the same seed aims the same strikes. The moments of those that come
+from outside still depend on how fast the machine is.
 """
 
 from __future__ import annotations
@@ -22,9 +22,8 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from tests.conftest import small_data, small_model, small_run
-
 from fairchem_dens.progress import progress_bar
+from tests.conftest import small_data, small_model, small_run
 
 from .campaign import Campaign
 from .machine import environment
@@ -42,9 +41,13 @@ def main() -> int:
         "--spawned", type=int, default=6,
         help="how many of them hit a new `fairchem` instead of a forked one (default: 6)",
     )  # fmt: skip
-    parser.add_argument("--per-run", type=int, default=5, help="kills of one run before it may end (default: 5)")
+    parser.add_argument(
+        "--per-run", type=int, default=5, help="kills of one run before it may end (default: 5)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="what is drawn depends on it alone (default: 0)")
-    parser.add_argument("--folder", type=Path, help="new folder to keep all runs in (default: a temporary one)")
+    parser.add_argument(
+        "--folder", type=Path, help="new folder to keep all runs in (default: a temporary one)"
+    )
     parser.add_argument("--out", type=Path, help="JSON to write")
     args = parser.parse_args()
     print(f"seed {args.seed}: {args.kills} kills, {args.spawned} of them of a spawned command", flush=True)

@@ -194,19 +194,19 @@ class Campaign:
 
     def _undisturbed(self, forked: Forked, fresh: Spawned, *, also_spawned: bool) -> None:
         for number, variant in enumerate(self.variants):
-            self._to_the_end(forked, variant, f"whole_{variant.name}")
+            self.to_the_end(forked, variant, f"whole_{variant.name}")
             if also_spawned and number == 0:
-                self._to_the_end(fresh, variant, "spawned")
-                self._compare(variant, "spawned")
+                self.to_the_end(fresh, variant, "spawned")
+                self.compare(variant, "spawned")
 
     def _survey(self, forked: Forked) -> dict[str, Any]:
         """Count calls and time phases, in a run that is not killed."""
-        run = self._start(forked, self.variants[0], "survey", watch={"count": True})
+        run = self.start(forked, self.variants[0], "survey", watch={"count": True})
         begun = time.monotonic()
         status = forked.wait(run, PATIENCE)
         if status:
             raise RuntimeError(f"An undisturbed run ends with status {status}:\n{run.said()[-4000:]}")
-        self._compare(self.variants[0], "survey")
+        self.compare(self.variants[0], "survey")
         return {
             "calls": {phase: max(run.calls[phase]) for phase in AIMED_AT},
             "phases": run.phases,
@@ -232,8 +232,8 @@ class Campaign:
         struck = 0
         while True:
             if struck == wanted:
-                ok = self._to_the_end(forked, variant, name, before)
-                return ok and self._compare(variant, name)
+                ok = self.to_the_end(forked, variant, name, before)
+                return ok and self.compare(variant, name)
             number = next(numbers)
             # The spawned ones are spread evenly over all strikes.
             is_spawned = (number + 1) * spawned // kills > number * spawned // kills
@@ -243,18 +243,20 @@ class Campaign:
             if not strike.spawned:
                 aim = {"phase": strike.phase, "occurrence": strike.occurrence, "call": strike.call}
                 watch = {"strike": aim if strike.kind == "call" else None}
-            run = self._start(command, variant, name, watch=watch, resumed=before)
+            run = self.start(command, variant, name, watch=watch)
             try:
                 hit = self._strike(command, run, strike)
                 status = command.wait(run, PATIENCE)
             except Hangs:
                 self.tally.failures.append(f"{name} hangs after {strike}: see {run.log}")
                 return False
-            before, wrong = checks.readable(self.folder / "checkpoints" / name, self._check_start(run, before))
+            before, wrong = checks.readable(
+                self.folder / "checkpoints" / name, self._check_start(run, before)
+            )
             self.tally.unreadable += [f"{name} after {strike}: {problem}" for problem in wrong]
             if status == 0:
                 self.tally.missed += 1
-                return self._compare(variant, name)
+                return self.compare(variant, name)
             expected = (1,) if strike.kind == "worker" else (-signal.SIGKILL,)
             if status not in expected or not hit:
                 self.tally.failures.append(
@@ -293,15 +295,15 @@ class Campaign:
 
     # ------------------------------------------------------------------ runs
 
-    def _start(
+    def start(
         self,
         command: Forked | Spawned,
         variant: Variant,
         name: str,
         *,
         watch: dict[str, Any] | None = None,
-        resumed: dict[str, int] | None = None,
     ) -> Watched:
+        """Give the command of a run, for the first time or again."""
         if (self.folder / "checkpoints" / name).exists():
             self.tally.resumes += 1
         arguments = [
@@ -312,14 +314,22 @@ class Campaign:
         self._sessions.append(run.pid)
         return run
 
-    def _to_the_end(
+    def to_the_end(
         self,
         command: Forked | Spawned,
         variant: Variant,
         name: str,
         before: dict[str, int] | None = None,
     ) -> bool:
-        run = self._start(command, variant, name, watch={} if before is not None else None)
+        """Give the command of a run and let it end; returns whether it did, and as it should.
+
+        Args:
+            command: how.
+            variant: of the run.
+            name: of the run.
+            before: step of each checkpoint that is there; None to leave the run unwatched.
+        """
+        run = self.start(command, variant, name, watch={} if before is not None else None)
         try:
             status = command.wait(run, PATIENCE)
         except Hangs:
@@ -338,7 +348,8 @@ class Campaign:
             self.tally.not_resumed.append(f"{run.log.stem} began at step {run.first_step}, not {expected}")
         return before
 
-    def _compare(self, variant: Variant, name: str) -> bool:
+    def compare(self, variant: Variant, name: str) -> bool:
+        """Return whether a run has the same end as the undisturbed one of its kind; note where it has not."""
         found = checks.mismatches(self.folder, f"whole_{variant.name}", name)
         self.tally.mismatches += [f"{name} ({variant.name}): {place}" for place in found]
         return not found

@@ -52,7 +52,7 @@ def half_written(folder: Path) -> int:
 
 def differences(one: Any, other: Any, where: str = "") -> list[str]:
     """Return the places at which two values, such as checkpoints, are not the same to the last bit."""
-    if isinstance(one, torch.Tensor) or isinstance(one, np.ndarray):
+    if isinstance(one, torch.Tensor | np.ndarray):
         equal = torch.equal if isinstance(one, torch.Tensor) else np.array_equal
         return [] if type(one) is type(other) and one.dtype == other.dtype and equal(one, other) else [where]
     if isinstance(one, dict) and isinstance(other, dict):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -69,6 +70,10 @@ class Watched:
         if name == "step" and self.first_step is None:
             self.first_step = self.phase.step
 
+    def send(self, signum: int) -> None:
+        """Send a signal."""
+        os.kill(self.pid, signum)
+
     def said(self) -> str:
         """All that it said."""
         return self.log.read_text(errors="replace")
@@ -120,9 +125,12 @@ class Forked:
         deadline = time.monotonic() + timeout
         assert self._server.stdout is not None
         while True:
-            ready, _, _ = select.select([self._events, self._server.stdout], [], [], deadline - time.monotonic())
+            ready, _, _ = select.select(
+                [self._events, self._server.stdout], [], [], deadline - time.monotonic()
+            )
             if not ready:
                 kill(run.pid, group=True)
+                self._answer(timeout=60)
                 raise Hangs
             if self._events not in ready:
                 return
@@ -209,10 +217,8 @@ class Spawned:
 
 def kill(pid: int, *, group: bool = False) -> None:
     """SIGKILL a process, with all those that it started if ``group``: it leads a session of its own."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         (os.killpg if group else os.kill)(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 def children(pid: int) -> list[int]:

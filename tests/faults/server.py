@@ -16,11 +16,12 @@ from typing import Any
 
 def import_everything() -> Any:
     """Return fairchem's `main`, after importing what a run of ours would import."""
-    import fairchem_dens.models
-    import fairchem_dens.trainer  # noqa: F401
     from fairchem.core._cli import main
     from fairchem.core.common.utils import setup_imports
     from torch.utils.tensorboard import SummaryWriter  # noqa: F401
+
+    import fairchem_dens.models
+    import fairchem_dens.trainer  # noqa: F401
 
     setup_imports()
     return main
