@@ -153,6 +153,7 @@ _OPTIM: Mapping[str, Rule] = {
     "batch_size": number(1, whole=True),
     "eval_batch_size": number(1, whole=True),
     "num_workers": number(0, whole=True),
+    "local_num_workers": number(0, whole=True),
     "load_balancing": or_null(one_of("atoms", False)),
     "load_balancing_on_error": or_null(one_of("warn_and_balance", "warn_and_no_balance", "raise")),
     "lr_initial": number(0),

@@ -4,8 +4,8 @@
 
 The real `fairchem` command trains with DeNS, loader workers, evaluations and checkpoints. Every 25 steps the
 operating system is asked for the memory of the process (resident, without what is shared), its open files,
-its threads and the processes that it has started. The exit status is 1 if memory grows by more than --limit, if
-files or threads become more, or if a process outlives the run.
+its threads and the processes that it has started. The exit status is 1 if memory grows by more than --limit,
+if files, threads or processes become more, or if a process outlives the run.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def look_at(pid: int, step: int) -> Sample | None:
 
 
 def settings_of(run: dict[str, Any], *, steps: int, workers: int) -> dict[str, Any]:
-    """Make a run of this many steps of one: one structure a step, evaluations and checkpoints now and then."""
+    """Make a run of this many steps of one: one structure a step, evaluations and checkpoints between."""
     run["model"] |= {"lmax_list": [1], "mmax_list": [1], "sphere_channels": 4, "max_neighbors": 6}
     run["optim"] |= {
         "batch_size": 1, "eval_batch_size": 2, "num_workers": workers, "max_epochs": -(-steps // STRUCTURES),
