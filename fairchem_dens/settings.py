@@ -166,6 +166,10 @@ _OPTIM: Mapping[str, Rule] = {
     "eval_every": number(1, whole=True),
     "load_datasets_and_model_then_exit": flag,
 }
+_IMPLEMENTATION = ("fused", "foreach", "capturable", "differentiable")
+"""Arguments of optimizers that depend on the device and change no number."""
+_OLD_SCHEDULE = ("warmup_steps", "warmup_factor", "lr_milestones", "lr_gamma")
+_FLOATS = ("warmup_factor", "lr_min_factor", "decay_rate")
 _SCHEDULE: Mapping[str, Rule] = {
     "lambda_type": one_of("cosine", "multistep"),
     "warmup_epochs": number(0),
@@ -201,8 +205,9 @@ def _check_optimizer(optim: Mapping[str, Any]) -> None:
     ]
     refuse_unknown_keys(params, arguments, "optim.optimizer_params")
     follow(params, {"weight_decay": number(0), "eps": number(0), "amsgrad": flag}, "optim.optimizer_params")
+    mathematical = {key: value for key, value in params.items() if key not in _IMPLEMENTATION}
     try:
-        known[name]([torch.nn.Parameter(torch.zeros(1))], lr=0.0, **params)
+        known[name]([torch.nn.Parameter(torch.zeros(1))], lr=0.1, **mathematical)
     except Exception as error:
         raise ValueError(
             f"'optim.optimizer_params' are not those of torch.optim.{name}: {error}. Found {dict(params)!r}."
@@ -210,24 +215,46 @@ def _check_optimizer(optim: Mapping[str, Any]) -> None:
 
 
 def _check_schedule(optim: Mapping[str, Any]) -> None:
-    schedule = optim.get("scheduler")
-    if schedule is None:
-        if "scheduler_params" in optim:
-            raise ValueError("'optim.scheduler_params' is given without 'optim.scheduler'.")
-        return
-    known = [name for name, found in vars(torch.optim.lr_scheduler).items() if inspect.isclass(found)]
-    _named(schedule, "optim.scheduler", ["Null", *known], "class of torch.optim.lr_scheduler")
-    where = "optim.scheduler_params"
+    schedule, where = optim.get("scheduler"), "optim.scheduler_params"
     params = follow(optim.get("scheduler_params"), _SCHEDULE, where)
-    if schedule != "LambdaLR" or "scheduler_params" not in optim:
+    if schedule is None:
+        # fairchem's schedule of old, with its settings among those of `optim`.
+        missing = [key for key in _OLD_SCHEDULE if key not in optim]
+        if missing or "scheduler_params" in optim:
+            raise ValueError(
+                "'optim.scheduler' is missing: LambdaLR (with 'optim.scheduler_params.lambda_type'), another "
+                "class of torch.optim.lr_scheduler, or Null."
+            )
         return
-    if "lambda_type" not in params:
-        raise ValueError(
-            f"'{where}.lambda_type' is missing: cosine, or multistep{nearest('lambda_type', params)}."
-        )
-    for key in _COSINE if params["lambda_type"] == "cosine" else _MULTISTEP:
-        if key not in params:
-            raise ValueError(f"'{where}.{key}' is missing{nearest(key, params)}.")
+    known = {name: found for name, found in vars(torch.optim.lr_scheduler).items() if inspect.isclass(found)}
+    _named(schedule, "optim.scheduler", ["Null", *known], "class of torch.optim.lr_scheduler")
+    if schedule == "LambdaLR":
+        if "lambda_type" not in params:
+            near = nearest("lambda_type", params)
+            raise ValueError(f"'{where}.lambda_type' is missing: cosine or multistep{near}.")
+        for key in _COSINE if params["lambda_type"] == "cosine" else _MULTISTEP:
+            if key not in params:
+                raise ValueError(f"'{where}.{key}' is missing{nearest(key, params)}.")
+    elif schedule != "Null":
+        given = params if "scheduler_params" in optim else optim
+        arguments = list(inspect.signature(known[schedule]).parameters)[1:]
+        chosen = {key: given[key] for key in arguments if key in given}
+        try:
+            known[schedule](torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1), **chosen)
+        except Exception as error:
+            raise ValueError(
+                f"'{where}' are not those of torch.optim.lr_scheduler.{schedule}: {error}. Found {chosen!r}."
+            ) from error
+
+
+def with_floats(optim: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``optim`` with whole numbers made floats where fairchem asserts that they are, such as ``0``."""
+    changed = {**optim, "lr_initial": float(optim["lr_initial"])} if "lr_initial" in optim else dict(optim)
+    if optim.get("scheduler_params"):
+        changed["scheduler_params"] = {
+            key: float(value) if key in _FLOATS else value for key, value in optim["scheduler_params"].items()
+        }
+    return changed
 
 
 # ------------------------------------------------------------------ targets

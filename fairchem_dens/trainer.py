@@ -34,7 +34,7 @@ from fairchem_dens.launch import workers as local_workers
 from fairchem_dens.models.inputs import check_atomic_numbers, check_cells
 from fairchem_dens.models.weight_decay import kept_from_decay
 from fairchem_dens.objective import Mean
-from fairchem_dens.settings import check_model_arguments, check_run
+from fairchem_dens.settings import check_model_arguments, check_run, with_floats
 from fairchem_dens.training.precision import single
 from fairchem_dens.training.step import StepTrainer
 from fairchem_dens.transforms import ArmedCorruption
@@ -74,6 +74,7 @@ class DeNSTrainer(StepTrainer):
         given["optimizer"], given["dataset"], given["loss_functions"] = config.translate_authors_keys(
             given["optimizer"], dataset, given["loss_functions"]
         )
+        given["optimizer"] = with_floats(given["optimizer"])
         self.noise_loss, ordinary = config.take_noise_loss(given["loss_functions"])
         config.require_losses(given["loss_functions"], given["task"])
         config.check_targets(ordinary, given["outputs"] or {})

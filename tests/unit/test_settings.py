@@ -14,7 +14,7 @@ from torch_geometric.data import Data
 
 from fairchem_dens.models import EquiformerV2DeNS
 from fairchem_dens.models.inputs import check_cells
-from fairchem_dens.settings import check_model_arguments, check_run
+from fairchem_dens.settings import check_model_arguments, check_run, with_floats
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -164,6 +164,37 @@ def test_bad_settings(given: dict[str, Any], path: str, value: Any, message: str
     put(given, path, value)
     with pytest.raises(ValueError, match=re.escape(message)):
         check_run(given)
+
+
+SCHEDULES = [
+    ({}, "'optim.scheduler' is missing"),
+    ({"scheduler_params": {}}, "'optim.scheduler' is missing"),
+    ({"scheduler": "LambdaLR"}, "'optim.scheduler_params.lambda_type' is missing"),
+    ({"scheduler": "StepLR", "scheduler_params": {}}, "are not those of torch.optim.lr_scheduler.StepLR"),
+    ({"scheduler": "StepLR", "step_size": 3}, None),
+    ({"warmup_steps": 1, "warmup_factor": 0.1, "lr_milestones": [2], "lr_gamma": 0.1}, None),
+    ({"scheduler": "Null"}, None),
+]
+
+
+@pytest.mark.parametrize(("written", "message"), SCHEDULES)
+def test_schedules(given: dict[str, Any], written: dict[str, Any], message: str | None) -> None:
+    optim = {key: value for key, value in given["optimizer"].items() if "scheduler" not in key} | written
+    if message is None:
+        check_run(given | {"optimizer": optim})
+        return
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_run(given | {"optimizer": optim})
+
+
+def test_whole_numbers_where_fairchem_wants_floats() -> None:
+    optim = {
+        "lr_initial": 1,
+        "scheduler_params": {"warmup_factor": 0, "warmup_epochs": 2, "lambda_type": "cosine"},
+    }
+    changed = with_floats(optim)
+    assert type(changed["lr_initial"]) is type(changed["scheduler_params"]["warmup_factor"]) is float
+    assert changed == optim and type(changed["scheduler_params"]["warmup_epochs"]) is int
 
 
 def test_what_a_checkpoint_says_of_its_training_does_not_matter_for_inference(given: dict[str, Any]) -> None:
