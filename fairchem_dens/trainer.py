@@ -32,9 +32,10 @@ from fairchem_dens.data.reader import with_our_readers
 from fairchem_dens.data.references import ReferenceGuard, check_settings, origins
 from fairchem_dens.graphed import GraphedSteps, is_wanted
 from fairchem_dens.launch import workers as local_workers
-from fairchem_dens.models.inputs import check_atomic_numbers
+from fairchem_dens.models.inputs import check_atomic_numbers, check_cells
 from fairchem_dens.models.weight_decay import kept_from_decay
 from fairchem_dens.objective import Mean
+from fairchem_dens.settings import check_model_arguments, check_run, with_floats
 from fairchem_dens.training.precision import single
 from fairchem_dens.training.step import StepTrainer
 from fairchem_dens.transforms import ArmedCorruption
@@ -67,12 +68,14 @@ class DeNSTrainer(StepTrainer):
                 "conditioning on forces is not split over ranks, and ranks that share a structure would drop "
                 "out different parts of it. Remove --gp-gpus; each rank then has structures of its own."
             )
+        check_run(given)
         given["name"] = TASK
         given["seed"] = given.get("seed") or 0
         dataset = config.tidied(config.with_relax_dataset(given["dataset"], given["task"]))
         given["optimizer"], given["dataset"], given["loss_functions"] = config.translate_authors_keys(
             given["optimizer"], dataset, given["loss_functions"]
         )
+        given["optimizer"] = with_floats(given["optimizer"])
         self.noise_loss, ordinary = config.take_noise_loss(given["loss_functions"])
         config.require_losses(given["loss_functions"], given["task"])
         config.check_targets(ordinary, given["outputs"] or {})
@@ -100,6 +103,7 @@ class DeNSTrainer(StepTrainer):
             ) from error
         settings = dict(settings)
         if model.__module__.startswith("fairchem_dens."):
+            check_model_arguments(model, settings)
             settings["name"] = f"fairchem_dens.models.{model.__name__}"
             # fairchem's collater reads this key, not the model's default, and else warns on every batch.
             settings.setdefault("otf_graph", True)
@@ -115,6 +119,20 @@ class DeNSTrainer(StepTrainer):
         super().load(inference_only)
         if not inference_only and self.train_dataset is not None and distutils.is_master():
             self._say_what_will_happen()
+
+    def load_model(self) -> None:
+        """Build the model.
+
+        Raises:
+            ValueError: it cannot be built from its settings.
+        """
+        try:
+            super().load_model()
+        except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError) as error:
+            raise ValueError(
+                f"'model': {self.config['model']['name']} cannot be built from these settings, "
+                f"{type(error).__name__}: {error}"
+            ) from error
 
     def load_datasets(self) -> None:
         """Open the data and arm the corruption on the train split.
@@ -359,6 +377,8 @@ class DeNSTrainer(StepTrainer):
         if training and self.corruption is not None and self.corruption.switch == "batch":
             self._toss_coin_of_batch(batch)
         check_atomic_numbers(batch, getattr(self._unwrapped_model, "max_num_elements", 1 << 30))
+        if getattr(self._unwrapped_model, "use_pbc", False) and keys.CELL in batch:
+            check_cells(batch)
         for guard in self._reference_guards.values():
             guard.check(batch)
         if training and (graphed := self._graphed_for(batch)) is not None:

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
@@ -178,40 +178,48 @@ def structure_fixture() -> Callable[..., Data]:
     return random_structure
 
 
+def write_structures(
+    folder: Path, structures: Iterable[Data], *, with_metadata: bool = True, labels: bool = True
+) -> Path:
+    """Write structures as one LMDB folder of fairchem's."""
+    from fairchem_dens.data.lmdb import LmdbWriter
+
+    with LmdbWriter(folder, labels=labels) as writer:
+        for data in structures:
+            writer.add(data)
+    if not with_metadata:
+        (folder / "metadata.npz").unlink()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def write_lmdb() -> Callable[..., Path]:
     """Writes structures as one LMDB folder of fairchem's."""
-
-    def write(
-        folder: Path, structures: list[Data], *, with_metadata: bool = True, labels: bool = True
-    ) -> Path:
-        from fairchem_dens.data.lmdb import LmdbWriter
-
-        with LmdbWriter(folder, labels=labels) as writer:
-            for data in structures:
-                writer.add(data)
-        if not with_metadata:
-            (folder / "metadata.npz").unlink()
-        return folder
-
-    return write
+    return write_structures
 
 
-@pytest.fixture(scope="session")
-def lmdb_folders(
-    tmp_path_factory: pytest.TempPathFactory, write_lmdb: Callable[..., Path]
-) -> dict[str, Path]:
-    """Train (24 structures), val and test (6 each), of 10 to 14 atoms."""
-    root = tmp_path_factory.mktemp("lmdb")
-    sizes = {"train": range(24), "val": range(100, 106), "test": range(200, 206)}
+def small_data(root: Path, train: int = 24) -> dict[str, Path]:
+    """Write train, val and test (6 structures each) of 10 to 14 atoms."""
+    sizes = {"train": range(train), "val": range(100, 106), "test": range(200, 206)}
     return {
-        split: write_lmdb(root / split, [random_structure(seed, natoms=10 + seed % 5) for seed in seeds])
+        split: write_structures(root / split, [random_structure(s, natoms=10 + s % 5) for s in seeds])
         for split, seeds in sizes.items()
     }
 
 
 @pytest.fixture(scope="session")
-def model_settings() -> dict[str, Any]:
+def lmdb_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Train (24 structures), val and test (6 each), of 10 to 14 atoms."""
+    return small_data(tmp_path_factory.mktemp("lmdb"))
+
+
+@pytest.fixture(scope="session", name="model_settings")
+def model_settings_fixture() -> dict[str, Any]:
+    """A very small EquiformerV2, without the name."""
+    return small_model()
+
+
+def small_model() -> dict[str, Any]:
     """A very small EquiformerV2, without the name."""
     return {
         "use_pbc": True,

@@ -41,6 +41,12 @@ _NEEDED = (
     *keys.FORCES_ALIASES,
 )
 """What no structure may lack that others of the data set have."""
+_NEEDED_GROUPS = (
+    *(frozenset([name]) for name in (keys.ATOMIC_NUMBERS, keys.CELL, keys.FIXED, keys.SID, keys.FID)),
+    frozenset(keys.ENERGY_ALIASES),
+    frozenset(keys.FORCES_ALIASES),
+)
+"""The same, names of one thing together."""
 
 _HINTS = {
     **dict.fromkeys(keys.FORCES_ALIASES, "Train on data with forces throughout, or remove the structure."),
@@ -192,7 +198,8 @@ def _pbc(name: str, value: Any, _natoms: int) -> Tensor:
 
 
 def _md(name: str, value: Any, _natoms: int) -> Tensor:
-    return _as_tensor(name, value, torch.bool).reshape(1)
+    flag = _as_tensor(name, value, torch.bool)
+    return flag.reshape(1) if flag.numel() == 1 else _shaped(name, flag, (1,))
 
 
 def _plain(name: str, value: Any) -> Any:
@@ -208,7 +215,7 @@ def _plain(name: str, value: Any) -> Any:
 
 def _energy(name: str, value: Any, _natoms: int) -> float:
     energy = _plain(name, value)
-    if isinstance(energy, str) or not math.isfinite(energy):
+    if not isinstance(energy, int | float) or not math.isfinite(energy):
         raise BadRecord(
             f"has a field '{name}' that is not a finite number ({energy}). Remove the structure from the "
             "data set."
@@ -286,6 +293,12 @@ class Layout:
                     f"The structures of '{having}' have a field '{name}' and those of '{lacking}' have not, "
                     f"so they cannot share a batch: put the files into different folders{_renamed(name)}."
                 )
+        self._incomplete = {
+            name: next(file for file, names in files.items() if not group & names)
+            for group in _NEEDED_GROUPS
+            if not group & self._names
+            for name in group
+        }
         first = firsts.values()
         self._text = {
             name
@@ -339,6 +352,11 @@ class Layout:
         for name in sorted(self._names - called - self._filled):
             hint = _HINTS.get(name, "Remove the structure from the data set, or write it anew.")
             raise BadRecord(f"has no field '{name}', which other structures of the data set have. {hint}")
+        for name in sorted(called & self._incomplete.keys()):
+            raise BadRecord(
+                f"has a field '{name}' that record 0 of '{self._incomplete[name]}' lacks, so they cannot "
+                "share a batch. Remove the incomplete ones from the data set, or write them anew."
+            )
         for name in names:
             for new in self._called([name]) - {name}:
                 if new in names:

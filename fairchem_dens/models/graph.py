@@ -13,6 +13,7 @@ from torch_geometric.data import Data
 from torch_geometric.nn import radius_graph
 
 from fairchem_dens import keys
+from fairchem_dens.models.inputs import check_cells
 from fairchem_dens.ops.fused import neighbour_search
 
 _SAME_DISTANCE = 1e-3
@@ -77,7 +78,7 @@ def build_graph(
 
     Raises:
         ValueError: stored edges are asked for but the positions were corrupted, or a periodic graph has no
-            cell.
+            cell, or one that does not repeat in space.
     """
     # Mixed precision would round lattice vectors to a hundredth of an Å.
     with torch.autocast(data[keys.POS].device.type, enabled=False):
@@ -98,6 +99,7 @@ def build_graph(
             if stored:
                 edge_index, cell_offsets = data.edge_index, data.cell_offsets
             else:
+                check_cells(data)
                 edge_index, cell_offsets = _periodic_edges(data, cutoff, max_neighbors, strict)
             cells = data[keys.CELL].to(pos.dtype)[data[keys.BATCH][edge_index[1]]]
             offsets = torch.bmm(cell_offsets.to(pos.dtype)[:, None], cells)[:, 0]

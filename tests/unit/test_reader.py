@@ -458,6 +458,9 @@ BAD_FIELDS: dict[str, tuple[Spoil, str]] = {
     ),
     "natoms": (set_field("natoms", 9), r"'natoms' that is 9 where 'pos' has 5 rows"),
     "no atoms": (set_field("pos", torch.zeros(0, 3)), r"has no atoms: remove it from the data set"),
+    "energy as bytes": (set_field("energy", b"-3"), r"'energy' that is not a finite number \(b'-3'\)"),
+    "several energies": (set_field("energy", [1.0, 2.0]), r"'energy' that is not a finite number"),
+    "no md": (set_field("md", []), r"'md' of shape \(0,\) where \(1,\) is right"),
     "words": (set_field("forces", ["a", "b"]), r"a field 'forces' that is no array of numbers"),
 }
 
@@ -479,6 +482,15 @@ def test_a_bad_field(tmp_path: Path, some: list[Data], bad: str) -> None:
 def test_a_field_that_one_record_lacks(tmp_path: Path, some: list[Data], name: str) -> None:
     write(tmp_path / "data.0000.lmdb", [*some[:4], changed(some[4], **{name: None})])
     with pytest.raises(ValueError, match=rf"Record 4 of '.*data\.0000\.lmdb'.*has no field '{name}'"):
+        list(open_folder(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["forces", "fixed", "cell", "energy"])
+def test_a_field_that_the_first_record_lacks(tmp_path: Path, some: list[Data], name: str) -> None:
+    """Not left out of all structures without a word."""
+    write(tmp_path / "data.0000.lmdb", [changed(some[0], **{name: None}), *some[1:]])
+    message = rf"Record 1 of .* has a field '{name}' that record 0 of '.*data\.0000\.lmdb' lacks"
+    with pytest.raises(ValueError, match=message):
         list(open_folder(tmp_path))
 
 
