@@ -41,7 +41,7 @@ class RecordingTrainer(DeNSTrainer):
         metrics = super().validate(split, disable_tqdm)
         if self._since is not None:
             found = {name: value["metric"] for name, value in metrics.items()}
-            line = {"step": self.step, "seconds": self._seconds, "lr": self.scheduler.get_lr(), **found}
+            line = {"step": self.step, "epoch": self.epoch, "seconds": self._seconds, **found}
             with self._file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
             self._since = self._now()
