@@ -32,7 +32,9 @@ def find_real_data(given: Path | None, name: str, what: str) -> Path:
             f"--data, or in the environment variable {VARIABLE}."
         )
     if not (folder / name).exists():
-        raise FileNotFoundError(f"There is no '{name}' in '{folder}', which --data or {VARIABLE} names: {what}.")
+        raise FileNotFoundError(
+            f"There is no '{name}' in '{folder}', which --data or {VARIABLE} names: {what}."
+        )
     return folder / name
 
 

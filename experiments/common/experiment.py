@@ -64,14 +64,12 @@ class Experiment:
         return self.source / "results" / f"{scale}.json"
 
 
-def run_experiment(
-    experiment: Experiment, context: Context, *, jobs: int, cpu: bool, threads: int = 1
-) -> dict[str, Any]:
+def run_experiment(experiment: Experiment, context: Context, *, jobs: int, cpu: bool) -> dict[str, Any]:
     """Run what is left to run; return and write the results."""
     records: list[dict[str, Any]] = []
     for phase in experiment.phases:
         runs = phase(context, records)
-        records += run_all(runs, context.folder, jobs=jobs, cpu=cpu, threads=threads)
+        records += run_all(runs, context.folder, jobs=jobs, cpu=cpu)
     made_by = [record.pop("environment") for record in records]
     commits = sorted({str(made["commit"]) for made in made_by})
     results = {
@@ -92,16 +90,25 @@ def run_experiment(
 def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> int:
     """Run the command line of an experiment."""
     parser = argparse.ArgumentParser(
-        prog=f"python -m experiments.{experiment.name}", description=sys.modules[experiment.tell.__module__].__doc__
+        prog=f"python -m experiments.{experiment.name}",
+        description=sys.modules[experiment.tell.__module__].__doc__,
     )
     scale = parser.add_mutually_exclusive_group()
-    scale.add_argument("--quick", dest="scale", action="store_const", const="quick", help="minutes on CPUs (default)")
+    scale.add_argument(
+        "--quick", dest="scale", action="store_const", const="quick", help="minutes on CPUs (default)"
+    )
     scale.add_argument("--full", dest="scale", action="store_const", const="full", help="for a GPU: hours")
     parser.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="default: those of plan.yml")
     parser.add_argument("--data", type=Path, metavar="DIR", help="folder with the real data")
-    parser.add_argument("--out", type=Path, default=Path("experiment-output"), metavar="DIR", help="where to work")
-    parser.add_argument("--jobs", type=int, metavar="N", help="trainings at a time (default: one for each core)")
-    parser.add_argument("--record", action="store_true", help="keep results and figures where the docs read them")
+    parser.add_argument(
+        "--out", type=Path, default=Path("experiment-output"), metavar="DIR", help="where to work"
+    )
+    parser.add_argument(
+        "--jobs", type=int, metavar="N", help="trainings at a time (default: one for each core)"
+    )
+    parser.add_argument(
+        "--record", action="store_true", help="keep results and figures where the docs read them"
+    )
     parser.add_argument("--figures", action="store_true", help="draw the kept results, run nothing")
     parser.set_defaults(scale="quick")
     args = parser.parse_args(arguments)
@@ -130,8 +137,12 @@ def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> int:
         experiment.recorded(args.scale).parent.mkdir(exist_ok=True)
         write_text(experiment.recorded(args.scale), (folder / RESULTS_FILE).read_text(encoding="utf-8"))
         figures += experiment.draw(results, DOCS_FIGURES)
-    print(f"{(time.monotonic() - started) / 60:.1f} minutes; training took {results['training_minutes']} of them "
-          "on each core together" if cpu else "")
+    print(
+        f"{(time.monotonic() - started) / 60:.1f} minutes; training took {results['training_minutes']} of them "
+        "on each core together"
+        if cpu
+        else ""
+    )
     for file in (folder / RESULTS_FILE, *figures):
         print(f"wrote {file}")
     return 0

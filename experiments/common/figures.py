@@ -83,7 +83,7 @@ def save(figure: Figure, file: Path) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     # Ids are random otherwise, and the text stays text.
     with mpl.rc_context({"svg.hashsalt": file.stem, "svg.fonttype": "path"}), file_aside(file) as aside:
-        figure.savefig(aside, format="svg", facecolor="white", metadata={"Date": None})
+        figure.savefig(aside, format="svg", facecolor="white", bbox_inches="tight", metadata={"Date": None})
     return file
 
 

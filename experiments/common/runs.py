@@ -8,9 +8,8 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import yaml
 from experiments.common.environment import environment
 from experiments.common.trainer import HISTORY_FILE, read_history
 from fairchem_dens.data.folder import write_text
+from fairchem_dens.data.processes import worker_pool
 from fairchem_dens.progress import progress_bar
 
 _RECORD_FILE = "record.json"
@@ -51,7 +51,7 @@ class Run:
         return "-".join([*map(str, self.labels.values()), self.variant, f"seed{self.seed}"])
 
 
-def run_all(runs: Sequence[Run], folder: Path, *, jobs: int, cpu: bool, threads: int) -> list[dict[str, Any]]:
+def run_all(runs: Sequence[Run], folder: Path, *, jobs: int, cpu: bool) -> list[dict[str, Any]]:
     """Train what has not been trained with the same settings, and return the record of each run, in order.
 
     A run that was cut off goes on from its last checkpoint.
@@ -59,9 +59,8 @@ def run_all(runs: Sequence[Run], folder: Path, *, jobs: int, cpu: bool, threads:
     Args:
         runs: the trainings; their names differ.
         folder: everything ends up below it.
-        jobs: trainings at the same time.
+        jobs: trainings at the same time, of one thread each.
         cpu: whether to leave a GPU alone.
-        threads: of each training on a CPU.
 
     Raises:
         RuntimeError: a training failed; has the end of its log.
@@ -69,19 +68,13 @@ def run_all(runs: Sequence[Run], folder: Path, *, jobs: int, cpu: bool, threads:
     assert len({run.name for run in runs}) == len(runs)
     records = {run.name: _finished(run, folder) for run in runs}
     missing = [run for run in runs if records[run.name] is None]
-    # Before torch is imported in the workers.
-    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
-    pool = ProcessPoolExecutor(max_workers=jobs, mp_context=get_context("spawn"))
-    try:
+    bar = progress_bar(total=len(runs), initial=len(runs) - len(missing), desc="  trainings", unit="run")
+    with worker_pool(jobs) as pool, bar:
         futures = [pool.submit(execute, run, folder, cpu) for run in missing]
-        bar = progress_bar(total=len(runs), initial=len(runs) - len(missing), desc="  trainings", unit="run")
         for future in as_completed(futures):
             record = future.result()
             records[record["name"]] = record
             bar.update()
-        bar.close()
-    finally:
-        pool.shutdown(cancel_futures=True)
     return [records[run.name] for run in runs]  # type: ignore[misc]  # none is missing any more
 
 

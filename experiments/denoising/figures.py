@@ -51,7 +51,9 @@ def draw(results: dict[str, Any], folder: Path) -> list[Path]:
             )
     for axis in axes[0]:
         axis.axhline(1, color=INK, lw=1, ls=(0, (1, 2)))
-        axis.annotate("guessing no noise", (0.02, 1), xycoords=("axes fraction", "data"), va="bottom", fontsize=8.5)
+        axis.annotate(
+            "guessing no noise", (0.02, 1), xycoords=("axes fraction", "data"), va="bottom", fontsize=8.5
+        )
         axis.set_ylim(bottom=0)
     axes[0, 0].set_xscale("log")
     axes[0, 0].set_xticks(plan["levels"], [f"{level:g}" for level in plan["levels"]])

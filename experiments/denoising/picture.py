@@ -21,14 +21,14 @@ from fairchem_dens.corruption import Corruption, corrupt
 from fairchem_dens.data.emt import EmtSettings, simulate_system
 from fairchem_dens.data.lmdb import data_from_atoms
 
-_SYSTEM = 4
+_SYSTEM = 24
 _STD = 0.25  # Å; larger than in training, so that one sees it
 _PALE = "#b9bec5"
 
 
 def draw_idea(file: Path) -> Path:
     """Draw it and return its path."""
-    settings = EmtSettings(train_systems=8, val_systems=1, test_systems=1, frames_per_system=4)
+    settings = EmtSettings(train_systems=_SYSTEM + 1, val_systems=1, test_systems=1, frames_per_system=4)
     frames = simulate_system(_SYSTEM, settings)
     atoms, forces = frames.atoms[0], frames.forces[0]
     data = data_from_atoms(atoms, sid=0, fid=0, energy=frames.energies[0], forces=forces)
@@ -37,7 +37,7 @@ def draw_idea(file: Path) -> Path:
     free = data[keys.FIXED].numpy() == 0
     arrow = 0.9 / np.linalg.norm(forces[free], axis=1).max()
 
-    figure, axes = new_figure(1, 4, width=15, height=4.6)
+    figure, axes = new_figure(1, 4, width=15, height=4.4)
     one, two, three, four = axes[0]
     _atoms(one, atoms, np.zeros_like(noise), free, np.zeros(len(atoms), dtype=bool))
     _arrows(one, atoms.positions, np.where(free[:, None], arrow * forces, 0), GREEN)
@@ -84,7 +84,14 @@ def _atoms(axis: Axes, atoms: Atoms, shift: np.ndarray, free: np.ndarray, mask: 
                 zorder=2,
             )
         )
-    low, high = _side(atoms.positions).min(axis=0) - 1.6, _side(atoms.positions).max(axis=0) + 1.8
+        if mask[index]:  # where it was
+            axis.add_patch(
+                Circle(
+                    _side(atoms.positions)[index], radius=0.62 * covalent_radii[number], fill=False,
+                    edgecolor=INK, linewidth=0.9, linestyle=(0, (3, 2)), zorder=3,
+                )
+            )  # fmt: skip
+    low, high = _side(atoms.positions).min(axis=0) - 1.2, _side(atoms.positions).max(axis=0) + 1.2
     axis.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), aspect="equal", xticks=[], yticks=[])
     axis.spines[:].set_visible(False)
 
@@ -115,11 +122,11 @@ def _why_forces(axis: Axes) -> None:
     corrupted, candidates = 1.52, (1.08, 1.95)
     axis.plot(place, energy(place), color=INK, lw=1.6)
     axis.axvline(corrupted, color=RED, lw=1.6, ls=":")
-    axis.text(corrupted + 0.03, 1.02, "corrupted", color=RED, fontsize=9.5)
+    axis.text(corrupted + 0.03, 1.0, "corrupted: where was it\nbefore?", color=RED, fontsize=9.5)
     for candidate, known in zip(candidates, (True, False), strict=True):
         step = 1e-4
         force = -(energy(candidate + step) - energy(candidate - step)) / (2 * step)
-        size = 0.42 * np.sign(force) * min(abs(force), 1.2)
+        size = 0.42 * np.sign(force) * min(abs(force), 1.0)
         height = float(energy(candidate))
         axis.plot(candidate, height, "o" if known else "s", ms=11, color=GREEN if known else _PALE, mec=INK)
         axis.annotate(
@@ -130,8 +137,10 @@ def _why_forces(axis: Axes) -> None:
             "", (corrupted, height - 0.12), (candidate, height - 0.12),
             arrowprops={"arrowstyle": "->", "lw": 1.2, "ls": "--", "color": RED if known else _PALE},
         )  # fmt: skip
-    axis.text(1.14, float(energy(1.08)) + 0.09, "pushed outwards:\nthis one", color=GREEN, fontsize=9.5)
-    axis.text(1.98, float(energy(1.95)) + 0.09, "pulled inwards:\nnot this one", color="#6b7078", fontsize=9.5)
+    axis.text(1.12, float(energy(1.08)) + 0.06, "pushed outwards:\nthis one", color=GREEN, fontsize=9.5)
+    axis.text(
+        2.03, float(energy(1.95)) - 0.12, "pulled inwards:\nnot this one", color="#6b7078", fontsize=9.5
+    )
     axis.set(xlim=(0.85, 2.6), ylim=(-0.15, 1.15), xticks=[], yticks=[])
     axis.set_xlabel("length of a bond", fontsize=9.5, color=INK)
     axis.set_ylabel("energy", fontsize=9.5, color=INK)

@@ -5,7 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from experiments.common.figures import BLUE, GREEN, INK, ORANGE, RED, Style, caption, draw_points, finish, new_figure, save
+from experiments.common.figures import (
+    BLUE,
+    GREEN,
+    INK,
+    ORANGE,
+    RED,
+    Style,
+    caption,
+    draw_points,
+    finish,
+    new_figure,
+    save,
+)
 from experiments.common.statistics import gains, last, over_seeds, select
 
 STYLES = {
@@ -77,7 +89,9 @@ def draw(results: dict[str, Any], folder: Path) -> list[Path]:
             axis.plot([sum(found) / len(found)], [row], ls="", marker=marker, ms=9, color=color)
         axis.axvline(0, color=INK, lw=1.2, ls="--")
         axis.set_yticks(range(len(present)), [SWEEP[name] for name in reversed(present)])
-        finish(axis, f"{title} against the run without DeNS, {size} frames", "% (left of the line: lower)", "")
+        finish(
+            axis, f"{title} against the run without DeNS, {size} frames", "% (left of the line: lower)", ""
+        )
     axes[0, 1].tick_params(labelleft=False)
     figure.suptitle(caption(results), fontsize=8, color=INK, y=-0.02, va="top")
     return [*written, save(figure, folder / f"generated_sweep_{results['scale']}.svg")]

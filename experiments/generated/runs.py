@@ -61,7 +61,9 @@ def _run(
                 "train": {"src": str(train), "transforms": {"normalizer": normalizer}},
                 "val": {"src": str(data / "val")},
             },
-            "optim": schedule(size, base["optim"]["batch_size"], context.plan["steps"], context.plan["evaluations"]),
+            "optim": schedule(
+                size, base["optim"]["batch_size"], context.plan["steps"], context.plan["evaluations"]
+            ),
         },
     )
     return Run(

@@ -5,7 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from experiments.common.figures import BLUE, INK, ORANGE, PURPLE, RED, Style, caption, draw_curve, finish, new_figure, save
+from experiments.common.figures import (
+    BLUE,
+    INK,
+    ORANGE,
+    PURPLE,
+    RED,
+    Style,
+    caption,
+    draw_curve,
+    finish,
+    new_figure,
+    save,
+)
 from experiments.common.statistics import gains, last, over_seeds, select
 
 STYLES = {
@@ -31,7 +43,11 @@ def draw(results: dict[str, Any], folder: Path) -> list[Path]:
     finish(axes[0, 1], "the same over time", "seconds of training", "meV/Å")
     finish(axes[0, 2], "energy MAE, unseen systems", "step", "meV")
     figure.legend(
-        *axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=9
+        *axes[0, 0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=3,
+        frameon=False,
+        fontsize=9,
     )
     figure.suptitle(caption(results), fontsize=8, color=INK)
     return [save(figure, folder / f"oc20_{results['scale']}.svg")]
