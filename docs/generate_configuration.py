@@ -42,8 +42,9 @@ model:
   name: fairchem_dens.models.EquiformerV2DeNS    # or equiformer_v2_dens
 ```
 
-A key that does not exist is refused with the nearest one that does, a value that is impossible with what was found. Remove
-`dens` and `noise`, and the same YAML trains the same network without DeNS. All else is fairchem's; the shipped YAMLs show it.
+A key that does not exist is refused with the nearest one that does, a value that is impossible with
+what was found. Remove `dens` and `noise`, and the same YAML trains the same network without DeNS. All else is
+fairchem's; the shipped YAMLs show it. In the tables, `null` and None are the same.
 """
 _OTHER = """\
 ## What the trainer understands besides
@@ -51,8 +52,8 @@ _OTHER = """\
 | key | what |
 |---|---|
 | `logger: none` | no logger; fairchem's `tensorboard` and `wandb` as ever |
-| `dataset.*.src`, files of normalisers and references, `metadata_path`, `oc20_ref` | `$NAME`, `${NAME:-default}` and `~` are expanded when a run starts; a variable that is not set is an error that names the key |
-| `dataset.*.format` | `lmdb`, `dens_lmdb` (OC20 All+MD, knows molecular dynamics frames), `oc22_lmdb`, and fairchem's other formats |
+| all texts under `dataset` | `$NAME`, `${NAME:-default}` and `~` are expanded when a run starts |
+| `dataset.*.format` | `lmdb`, `dens_lmdb` (All+MD), `oc22_lmdb`, and fairchem's other formats |
 | `dataset.relax` | structures for `--mode run-relaxations`; `task.relax_dataset` is moved there |
 | `outputs.forces.train_on_free_atoms` | the noise follows it |
 | `optim.load_balancing_on_error` | `warn_and_no_balance` unless you say otherwise |
@@ -91,9 +92,9 @@ def page() -> str:
     parts = [
         _HEAD,
         "## `dataset.train.transforms.dens`: the corruption\n\n" + _of_dataclass(Corruption),
-        "Of `prob` and a noise level (`std`, or `std_low`, `std_high` and `num_steps`) there is no default. The "
-        "noise of a structure is a pure\nfunction of (seed, epoch, structure): the same for any number of "
-        "workers and GPUs.\n",
+        "A noise level is needed too: `std`, or all of `std_low`, `std_high` and `num_steps`. The noise of a\n"
+        "structure is a pure function of (seed, epoch, structure): the same for any number of workers and\n"
+        "GPUs.\n",
         "## `loss_functions`: `noise`\n\n" + _of_dataclass(NoiseLoss),
         "## `model.finetune_config`\n\n" + _of_dataclass(FineTuning),
     ]

@@ -1,1 +1,1 @@
-"""What the experiments share: running fairchem on a list of settings, collecting and drawing what it measured."""
+"""What the experiments share: running fairchem, collecting and drawing what it measured."""

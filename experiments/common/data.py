@@ -53,7 +53,7 @@ def first_frames(source: Path, count: int, target: Path) -> Path:
 
 
 def normalizers(summary: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Return the settings of ``transforms.normalizer`` for the generated set: those of all its train frames."""
+    """Return the settings of ``transforms.normalizer`` for the generated set, of all its train frames."""
     train = summary["splits"]["train"]
     return {
         "energy": {"mean": round(train["energy_mean"], 6), "rmsd": round(train["energy_std"], 6)},

@@ -66,7 +66,7 @@ def run_all(runs: Sequence[Run], folder: Path, *, jobs: int, cpu: bool) -> list[
         RuntimeError: a training failed; has the end of its log.
     """
     assert len({run.name for run in runs}) == len(runs)
-    records = {run.name: _finished(run, folder) for run in runs}
+    records = {run.name: finished(run, folder) for run in runs}
     missing = [run for run in runs if records[run.name] is None]
     bar = progress_bar(total=len(runs), initial=len(runs) - len(missing), desc="  trainings", unit="run")
     with worker_pool(jobs) as pool, bar:
@@ -139,7 +139,8 @@ def _fairchem(arguments: list[str]) -> None:
     main(*flags.get_parser().parse_known_args(arguments))
 
 
-def _finished(run: Run, folder: Path) -> dict[str, Any] | None:
+def finished(run: Run, folder: Path) -> dict[str, Any] | None:
+    """Return the record of a run that ended with the same settings, else None."""
     file = folder / "runs" / run.name / _RECORD_FILE
     record = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
     return record if record is not None and record["fingerprint"] == fingerprint(run) else None

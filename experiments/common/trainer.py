@@ -1,4 +1,4 @@
-"""The trainers of the experiments: `DeNSTrainer` with a record of its evaluations, and the loss of another."""
+"""The trainers of the experiments: `DeNSTrainer` with a record of its evaluations, and one with a fault."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Denoising itself: how well the noise can be told, with and without the forces, and what is asked of the model."""
+"""Denoising itself: how well the noise can be told, with and without the forces."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -59,9 +60,7 @@ def draw(results: dict[str, Any], folder: Path) -> list[Path]:
     axes[0, 0].set_xticks(plan["levels"], [f"{level:g}" for level in plan["levels"]])
     axes[0, 0].minorticks_off()
     finish(axes[0, 0], "error of the predicted noise, as a share of the noise", "σ, Å", "")
-    axes[0, 1].set_xticks(
-        range(len(bins) - 1), [f"{low:g}–{high:g}" for low, high in zip(bins, bins[1:], strict=False)]
-    )
+    axes[0, 1].set_xticks(range(len(bins) - 1), [f"{low:g}–{high:g}" for low, high in pairwise(bins)])
     finish(axes[0, 1], f"the same at σ = {plan['level_of_bins']:g} Å, by the atom's force", "|F|, eV/Å", "")
     axes[0, 0].legend(frameon=False, fontsize=8.5)
     figure.suptitle(caption(results), fontsize=8, color=INK, y=-0.02, va="top")

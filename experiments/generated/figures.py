@@ -111,7 +111,7 @@ def tell(results: dict[str, Any]) -> str:
     """Return the results as a Markdown table."""
     runs = results["runs"]
     lines = [
-        "| frames | | force MAE, meV/Å | energy MAE, meV | on training frames, meV/Å | lower force error than without, % |",
+        "| frames | | force MAE, meV/Å | energy MAE, meV | force MAE, training frames | lower force error, % |",
         "|---|---|---|---|---|---|",
     ]
     names = ["baseline", *SWEEP]
@@ -123,8 +123,11 @@ def tell(results: dict[str, Any]) -> str:
                 continue
             title = "without DeNS" if name == "baseline" else SWEEP[name].replace("\n", " ")
             gain = "" if name == "baseline" else gains(these, base, FORCES).text()
-            lines.append(
-                f"| {size} | {title} | {over_seeds(these, FORCES).text()} | {over_seeds(these, ENERGY).text(0)} "
-                f"| {over_seeds(these, lambda run: 1000 * _train_error(run)).text()} | {gain} |"
+            spreads = (
+                over_seeds(these, FORCES).text(),
+                over_seeds(these, ENERGY).text(0),
+                over_seeds(these, lambda run: 1000 * _train_error(run)).text(),
+                gain,
             )
+            lines.append(f"| {size} | {title} | " + " | ".join(spreads) + " |")
     return "\n".join(lines)

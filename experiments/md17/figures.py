@@ -45,7 +45,7 @@ def draw(results: dict[str, Any], folder: Path) -> list[Path]:
 def tell(results: dict[str, Any]) -> str:
     """Return the results as a Markdown table."""
     lines = [
-        "| molecule | | force MAE, meV/Å | energy MAE, meV | seconds | lower force error than without, % | paper |",
+        "| molecule | | force MAE, meV/Å | energy MAE, meV | seconds | lower force error, % | paper, F / E |",
         "|---|---|---|---|---|---|---|",
     ]
     for molecule in results["plan"]["molecules"]:

@@ -58,15 +58,19 @@ def tell(results: dict[str, Any]) -> str:
     runs = results["runs"]
     base = select(runs, variant="baseline")
     lines = [
-        "| | steps | force MAE, meV/Å | energy MAE, meV | seconds | lower force error than without, % |",
+        "| | steps | force MAE, meV/Å | energy MAE, meV | seconds | lower force error, % |",
         "|---|---|---|---|---|---|",
     ]
     for name, style in STYLES.items():
         these = select(runs, variant=name)
         if these:
             gain = "" if name == "baseline" else gains(these, base, FORCES).text()
-            lines.append(
-                f"| {style.title} | {these[0]['history'][-1]['step']} | {over_seeds(these, FORCES).text()} "
-                f"| {over_seeds(these, ENERGY).text(0)} | {over_seeds(these, last('seconds')).text(0)} | {gain} |"
+            spreads = (
+                str(these[0]["history"][-1]["step"]),
+                over_seeds(these, FORCES).text(),
+                over_seeds(these, ENERGY).text(0),
+                over_seeds(these, last("seconds")).text(0),
+                gain,
             )
+            lines.append(f"| {style.title} | " + " | ".join(spreads) + " |")
     return "\n".join(lines)
