@@ -92,8 +92,8 @@ def page() -> str:
     parts = [
         _HEAD,
         "## `dataset.train.transforms.dens`: the corruption\n\n" + _of_dataclass(Corruption),
-        "A noise level is needed too: `std`, or all of `std_low`, `std_high` and `num_steps`. The noise of a\n"
-        "structure is a pure function of (seed, epoch, structure): the same for any number of workers and\n"
+        "A noise level is needed too: `std`, or all of `std_low`, `std_high` and `num_steps`. The noise of\n"
+        "a structure is a pure function of (seed, epoch, structure): the same for any number of workers and\n"
         "GPUs.\n",
         "## `loss_functions`: `noise`\n\n" + _of_dataclass(NoiseLoss),
         "## `model.finetune_config`\n\n" + _of_dataclass(FineTuning),

@@ -2,7 +2,8 @@
 
     python -m experiments.tables
 
-A page marks the places with ``<!-- results NAME SCALE -->`` and ``<!-- end -->``; what is between is replaced.
+A page marks the places with ``<!-- results NAME SCALE -->`` and ``<!-- end -->``; what is between them is
+replaced.
 """
 
 from __future__ import annotations

@@ -111,7 +111,7 @@ def tell(results: dict[str, Any]) -> str:
     """Return the results as a Markdown table."""
     runs = results["runs"]
     lines = [
-        "| frames | | force MAE, meV/Å | energy MAE, meV | force MAE, training frames | lower force error, % |",
+        "| frames | | force MAE, meV/Å | energy MAE, meV | force MAE, training set | lower force error, % |",
         "|---|---|---|---|---|---|",
     ]
     names = ["baseline", *SWEEP]
