@@ -19,6 +19,7 @@ from fairchem_dens.checkpoints.fine_tuning import FineTuning
 from fairchem_dens.corruption import Corruption
 from fairchem_dens.models import EquiformerDeNS, EquiformerV2DeNS, ESCNDeNS
 from fairchem_dens.objective import NoiseLoss
+from fairchem_dens.training.settings import StepSettings
 
 PAGE = Path(__file__).parent / "configuration.md"
 _HEAD = """\
@@ -33,13 +34,27 @@ trainer: fairchem_dens.trainer.DeNSTrainer       # or by its short name: dens
 dataset:
   train:
     transforms:
-      dens: {prob: 0.5, std: 0.1, corrupt_ratio: 0.5}
+      dens:                   # does something in this trainer and on the train split only
+        prob: 0.5             # probability p that a structure is corrupted
+        std: 0.1              # σ of the noise, Å; or std_low, std_high and num_steps for multi-scale noise
+        corrupt_ratio: 0.5    # probability that an atom of it is displaced; null displaces all
+        # all_atoms: False    # True displaces fixed atoms too
+        # switch: structure   # a coin for each structure; `batch`: one for a batch, as the paper on OC20/OC22
+        # strict_max_ratio:   # leave a structure alone if a larger share of its atoms was chosen (off)
+        # max_force_norm:     # leave a structure alone if one of its forces is larger (off)
 loss_functions:
   - energy: {fn: mae, coefficient: 2}
   - forces: {fn: l2mae, coefficient: 100}
-  - noise: {fn: l2mae, coefficient: 10}
+  - noise:                    # not an output; follows the free-atom rule of forces
+      fn: l2mae
+      coefficient: 10         # λ_N
+      # reduction: joint      # one mean over forces and noise; `separate` (MD17) takes one each
+      # decay: null           # `linear` takes λ_N to zero over the epochs (MD17), or to `decay_floor` of it
 model:
   name: fairchem_dens.models.EquiformerV2DeNS    # or equiformer_v2_dens
+  # use_force_encoding: True                     # ablations of the paper: False hides the forces ...
+  # use_denoising_energy: True                   # ... False asks for no energy of corrupted structures
+  # use_noise_schedule_sigma_encoding: False     # True shows the model σ as well
 ```
 
 A key that does not exist is refused with the nearest one that does, a value that is impossible with
@@ -54,6 +69,7 @@ _OTHER = """\
 | `logger: none` | no logger; fairchem's `tensorboard` and `wandb` as ever |
 | all texts under `dataset` | `$NAME`, `${NAME:-default}` and `~` are expanded when a run starts |
 | `dataset.*.format` | `lmdb`, `dens_lmdb` (All+MD), `oc22_lmdb`, and fairchem's other formats |
+| `dataset.train.skip_bad_records` | True passes over records that cannot be read, and lists them |
 | `dataset.relax` | structures for `--mode run-relaxations`; `task.relax_dataset` is moved there |
 | `outputs.forces.train_on_free_atoms` | the noise follows it |
 | `optim.load_balancing_on_error` | `warn_and_no_balance` unless you say otherwise |
@@ -96,6 +112,7 @@ def page() -> str:
         "a structure is a pure function of (seed, epoch, structure): the same for any number of workers and\n"
         "GPUs.\n",
         "## `loss_functions`: `noise`\n\n" + _of_dataclass(NoiseLoss),
+        "## `optim`: what is this package's own\n\n" + _of_dataclass(StepSettings),
         "## `model.finetune_config`\n\n" + _of_dataclass(FineTuning),
     ]
     for model, name in (

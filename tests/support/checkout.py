@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def see_experiments() -> None:
-    """Let `experiments` and `examples` be imported, from the end of the path: they shadow nothing installed."""
+    """Let `experiments` and `examples` be imported, from the end of the path: nothing is shadowed."""
     if str(ROOT) not in sys.path:
         sys.path.append(str(ROOT))
 
