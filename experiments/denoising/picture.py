@@ -37,8 +37,8 @@ def draw_idea(file: Path) -> Path:
     free = data[keys.FIXED].numpy() == 0
     arrow = 0.9 / np.linalg.norm(forces[free], axis=1).max()
 
-    figure, axes = new_figure(1, 4, width=15, height=4.4)
-    one, two, three, four = axes[0]
+    figure, axes = new_figure(2, 2, width=9, height=8.2)
+    one, two, three, four = axes.flat
     _atoms(one, atoms, np.zeros_like(noise), free, np.zeros(len(atoms), dtype=bool))
     _arrows(one, atoms.positions, np.where(free[:, None], arrow * forces, 0), GREEN)
     _words(
