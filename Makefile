@@ -26,7 +26,7 @@ SOURCES := $(shell find fairchem_dens startup configs -type f -not -path '*/__py
 PYTEST := $(BIN)/python -P -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 .DELETE_ON_ERROR:
-.PHONY: install test test-slow demo lint format clean help
+.PHONY: install test test-slow demo docs lint format clean help
 
 install: $(VENV)/installed
 
@@ -67,6 +67,16 @@ test-slow: install
 demo: install
 	$(BIN)/fairchem-dens demo $(DEMO_ARGS)
 
+.venv-docs/installed: requirements/docs.txt
+	$(PYTHON) -m venv --clear .venv-docs
+	.venv-docs/bin/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS) --requirement requirements/docs.txt
+	@touch $@
+
+# In an environment of its own, because the site needs none of the package. The variable silences an advertisement.
+docs: .venv-docs/installed
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
+	@echo "Open site/index.html"
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -77,13 +87,14 @@ format: install
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .venv-current build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-current .venv-docs site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 help:
 	@echo "make             install into .venv (LANE=current: .venv-current)"
 	@echo "make test        the fast tests, on the installed package (PYTEST_ARGS=... adds arguments)"
 	@echo "make test-slow   the slow ones"
 	@echo "make demo        train with and without DeNS on a generated data set (DEMO_ARGS=... adds arguments)"
+	@echo "make docs        build the documentation into site/, strictly"
 	@echo "make lint        ruff and mypy"
 	@echo "make format      let ruff format the code"
 	@echo "make clean       remove the environments and caches"

@@ -1,0 +1,1 @@
+"""What the experiments share: running fairchem, collecting and drawing what it measured."""
