@@ -18,6 +18,8 @@ import fairchem.core.modules.evaluator as fairchem_metrics
 import torch
 from fairchem.core.common.registry import registry
 from fairchem.core.modules.evaluator import Evaluator
+from torch.optim.optimizer import Optimizer
+from torch.optim.sgd import SGD
 
 from fairchem_dens.keys import NOISE
 from fairchem_dens.validation import nearest, refuse_unknown_keys, require_mapping, require_number
@@ -192,10 +194,10 @@ def _check_optim(settings: Any) -> None:
 
 
 def _check_optimizer(optim: Mapping[str, Any]) -> None:
-    known = {
+    known: dict[str, Callable[..., Any]] = {
         name: found
         for name, found in vars(torch.optim).items()
-        if inspect.isclass(found) and issubclass(found, torch.optim.Optimizer)
+        if inspect.isclass(found) and issubclass(found, Optimizer)
     }
     name = optim.get("optimizer", "AdamW")
     _named(name, "optim.optimizer", known, "class of torch.optim")
@@ -226,7 +228,9 @@ def _check_schedule(optim: Mapping[str, Any]) -> None:
                 "class of torch.optim.lr_scheduler, or Null."
             )
         return
-    known = {name: found for name, found in vars(torch.optim.lr_scheduler).items() if inspect.isclass(found)}
+    known: dict[str, Callable[..., Any]] = {
+        name: found for name, found in vars(torch.optim.lr_scheduler).items() if inspect.isclass(found)
+    }
     _named(schedule, "optim.scheduler", ["Null", *known], "class of torch.optim.lr_scheduler")
     if schedule == "LambdaLR":
         if "lambda_type" not in params:
@@ -240,7 +244,7 @@ def _check_schedule(optim: Mapping[str, Any]) -> None:
         arguments = list(inspect.signature(known[schedule]).parameters)[1:]
         chosen = {key: given[key] for key in arguments if key in given}
         try:
-            known[schedule](torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1), **chosen)
+            known[schedule](SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1), **chosen)
         except Exception as error:
             raise ValueError(
                 f"'{where}' are not those of torch.optim.lr_scheduler.{schedule}: {error}. Found {chosen!r}."
@@ -452,7 +456,7 @@ def check_model_arguments(model: type, settings: Mapping[str, Any]) -> None:
     Raises:
         ValueError: names the YAML key, what was found and what is right.
     """
-    hints = typing.get_type_hints(model.__init__)
+    hints = typing.get_type_hints(model.__init__)  # type: ignore[misc]  # a class, not an instance
     for name, value in settings.items():
         hint = hints.get(name)
         if hint is None or name == "unknown":

@@ -70,7 +70,7 @@ class _S2Activation(torch.autograd.Function):
 
 def silu_backward(grad: Tensor, x: Tensor) -> Tensor:
     """Pull a gradient back through SiLU."""
-    return torch.ops.aten.silu_backward(grad, x)
+    return torch.ops.aten.silu_backward(grad, x)  # type: ignore[attr-defined]  # torch 2.4 does not list it
 
 
 def _bytes(x: Tensor, to_grid: Tensor) -> int:
