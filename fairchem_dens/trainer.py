@@ -440,11 +440,7 @@ class DeNSTrainer(StepTrainer):
             objective.per_atom(self._noise_error(out[keys.NOISE], noise_target, natoms)),
             self._atoms(batch, "train_on_free_atoms"),
             force_coefficient=forces["coefficient"],
-            noise_coefficient=(
-                self._noise_coefficient
-                if self._filled_in_coefficient is None
-                else self._filled_in_coefficient
-            ),
+            noise_coefficient=self._noise_coefficient if filled_in is None else filled_in,
             reduction=self.noise_loss.reduction,
             sum_over_ranks=self._sum_over_ranks,
             num_ranks=distutils.get_world_size(),
