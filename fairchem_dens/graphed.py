@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 from torch_geometric.data import Data
 
-from fairchem_dens import keys, objective
+from fairchem_dens import keys
 from fairchem_dens.cuda_graph import Recorded, Tensors
 from fairchem_dens.training import finite
 
@@ -98,7 +98,8 @@ class GraphedSteps:
         batch = Data(**{name.split("/")[0]: one for name, one in tensors.items()})
         batch[keys.LARGEST] = self._largest
         out = self._predictions(trainer.model(batch), batch)
-        loss = self._loss(out, batch, numbers[_NOISE])
+        with self._being_recorded(numbers[_NOISE]):
+            loss = trainer._loss(out, batch)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         # The trainer clips, and passes over what is not finite, in a hook of the optimizer.
@@ -109,6 +110,16 @@ class GraphedSteps:
             _LOSS: loss.detach(),
             _NORM: trainer._grad_norm,
         }
+
+    @contextlib.contextmanager
+    def _being_recorded(self, noise_coefficient: Tensor) -> Iterator[None]:
+        """Let the trainer compute a loss, with a coefficient of the noise that can be filled in later."""
+        trainer, step = self._trainer, self._trainer._graphed_step
+        trainer._graphed_step, trainer._filled_in_coefficient = None, noise_coefficient
+        try:
+            yield
+        finally:
+            trainer._graphed_step, trainer._filled_in_coefficient = step, None
 
     @contextlib.contextmanager
     def _rates_of(self, numbers: Tensors) -> Iterator[None]:
@@ -129,54 +140,6 @@ class GraphedSteps:
             rows = len(batch[keys.POS]) if settings["level"] == "atom" else len(batch[keys.NATOMS])
             out[target] = raw[target].view(rows, -1)
         return out | {keys.NOISE: raw[keys.NOISE]} if keys.NOISE in raw else out
-
-    def _loss(self, out: Mapping[str, Tensor], batch: Any, noise_coefficient: Tensor) -> Tensor:
-        """The loss of the trainer, without a question to the device."""
-        trainer = self._trainer
-        total = noise_coefficient.new_zeros(())
-        for target, info in trainer.loss_functions:
-            wanted = batch[target].view(len(out[target]), -1)
-            if target in trainer.normalizers:
-                wanted = trainer.normalizers[target].norm(wanted)
-            errors = info["fn"].loss_fn(out[target], wanted, batch[keys.NATOMS])
-            if trainer.output_targets[target]["level"] != "atom":
-                total = total + info["coefficient"] * (
-                    errors.mean() if info["fn"].reduction == "mean" else errors.sum()
-                )
-            else:
-                total = total + self._loss_of_atoms(
-                    target, info, objective.per_atom(errors), out, batch, noise_coefficient
-                )
-        return total
-
-    def _loss_of_atoms(
-        self,
-        target: str,
-        info: Mapping[str, Any],
-        errors: Tensor,
-        out: Mapping[str, Tensor],
-        batch: Any,
-        noise_coefficient: Tensor,
-    ) -> Tensor:
-        trainer = self._trainer
-        if target == keys.FORCES and trainer.corruption is not None and keys.NOISE_MASK in batch:
-            wanted = batch[keys.NOISE_VEC] / trainer.corruption.noise_scale
-            noise_errors = trainer._noise_error(out[keys.NOISE], wanted, batch[keys.NATOMS])
-            return objective.force_and_noise_loss(
-                errors,
-                objective.per_atom(noise_errors),
-                trainer._atoms(batch, "train_on_free_atoms"),
-                force_coefficient=info["coefficient"],
-                noise_coefficient=noise_coefficient,
-                reduction=trainer.noise_loss.reduction,
-            )
-        if trainer.output_targets[target].get("train_on_free_atoms", True):
-            mask = batch[keys.FIXED] == 0
-        else:
-            mask = torch.ones_like(errors, dtype=torch.bool)
-        summed = torch.where(mask, errors, torch.zeros_like(errors)).sum()
-        mean = info["fn"].reduction == "mean"
-        return info["coefficient"] * (summed / mask.sum().clamp(min=1) if mean else summed)
 
 
 class _Updated:

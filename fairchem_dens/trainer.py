@@ -90,6 +90,7 @@ class DeNSTrainer(StepTrainer):
         self._steps_graphed: bool | None = None
         self._graphed: GraphedSteps | None = None
         self._graphed_step: GraphedSteps | None = None
+        self._filled_in_coefficient: Tensor | None = None
         super().__init__(**given)
 
     def _model_settings(self, settings: dict[str, Any]) -> dict[str, Any]:
@@ -433,13 +434,13 @@ class DeNSTrainer(StepTrainer):
         forces = dict(self.loss_functions)[keys.FORCES]
         force_target = self._normalized(keys.FORCES, batch[keys.FORCES], batch)
         noise_target = batch[keys.NOISE_VEC] / self.corruption.noise_scale
-        natoms = batch[keys.NATOMS]
+        natoms, filled_in = batch[keys.NATOMS], self._filled_in_coefficient
         return objective.force_and_noise_loss(
             objective.per_atom(forces["fn"].loss_fn(out[keys.FORCES], force_target, natoms)),
             objective.per_atom(self._noise_error(out[keys.NOISE], noise_target, natoms)),
             self._atoms(batch, "train_on_free_atoms"),
             force_coefficient=forces["coefficient"],
-            noise_coefficient=self._noise_coefficient,
+            noise_coefficient=self._noise_coefficient if filled_in is None else filled_in,
             reduction=self.noise_loss.reduction,
             sum_over_ranks=self._sum_over_ranks,
             num_ranks=distutils.get_world_size(),
