@@ -20,6 +20,8 @@ from .commands import Forked, Hangs, Spawned, Watched, all_gone, children, kill
 
 PATIENCE = 600.0
 """Seconds after which a run is said to hang. An undisturbed one takes a few on an idle machine."""
+_ENOUGH = 5
+"""Problems after which a campaign ends."""
 AIMED_AT = ("step", "save", "validation")
 CHECKPOINT_EVERY = 4
 
@@ -185,7 +187,10 @@ class Campaign:
                 variant = self.variants[number % len(self.variants)]
                 name = f"run{number}"
                 wanted = min(per_run, kills - len(self.tally.kills))
-                if not self._one_run(variant, name, wanted, forked, fresh, numbers, typical, kills, spawned):
+                if self._one_run(variant, name, wanted, forked, fresh, numbers, typical, kills, spawned):
+                    continue
+                print(f"{name} went wrong:", *self.tally.problems()[-3:], sep="\n", flush=True)
+                if len(self.tally.problems()) >= _ENOUGH:
                     break
             self.tally.leaked = len(all_gone(self._sessions, patience=30.0))
         return self.tally

@@ -98,8 +98,9 @@ class Forked:
 
     def __exit__(self, *_: Any) -> None:
         assert self._server.stdin is not None and self._server.stdout is not None
+        self._server.kill()
+        self._server.wait()
         self._server.stdin.close()
-        self._server.wait(timeout=60)
         self._server.stdout.close()
         os.close(self._events)
 
