@@ -24,7 +24,7 @@ from fairchem_dens.ops.precision import product_dtype
 
 Objection = Callable[..., str | None]
 
-HALF_NEEDS, TF32_NEEDS = 112 * 1024, 225 * 1024
+HALF_NEEDS, TF32_NEEDS = 120 * 1024, 225 * 1024
 """Bytes of shared memory that the network on the grid needs in its backward pass."""
 
 
