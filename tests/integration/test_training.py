@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -152,6 +155,32 @@ def test_sigterm_in_the_middle_of_an_evaluation(fairchem, run_settings) -> None:
         128 + signal.SIGTERM,
     )
     assert fairchem.checkpoint("stopped")["step"] in (6, 7)
+    fairchem("train", run_settings, name="stopped")
+    assert_same_run(fairchem.checkpoint("whole"), fairchem.checkpoint("stopped"))
+
+
+@pytest.mark.slow
+def test_sigusr2_to_all_processes_of_a_run(fairchem, run_settings, monkeypatch) -> None:
+    """As SLURM sends it, to the loader workers too, which must not write what they know of the trainer."""
+    support = str(Path(__file__).parents[1] / "support")
+    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), support]))
+    monkeypatch.setenv("PYTHONPATH", path)
+    run_settings["model"] = {"name": "toy_model.ToyDeNS"}
+    run_settings["optim"] |= {"num_workers": 2, "max_epochs": 8}
+    fairchem("train", run_settings, name="whole")
+    process = fairchem.start("train", run_settings, name="stopped")
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "step: 1.00e+01" in line:
+            break
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    for child in children.read_text().split() if children.exists() else ():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(child), signal.SIGUSR2)
+    process.send_signal(signal.SIGUSR2)
+    said = process.stdout.read()
+    assert process.wait(timeout=120) == 128 + signal.SIGUSR2, said[-6000:]
+    assert 10 <= fairchem.checkpoint("stopped")["step"] < 48
     fairchem("train", run_settings, name="stopped")
     assert_same_run(fairchem.checkpoint("whole"), fairchem.checkpoint("stopped"))
 
