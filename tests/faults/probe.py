@@ -36,6 +36,7 @@ class Probe:
         self.occurrences: dict[str, int] = {}
         self.calls = 0
         self.completed = 0
+        self._pid = os.getpid()
 
     def say(self, *words: Any) -> None:
         """Write an event; short enough that it arrives whole."""
@@ -63,12 +64,15 @@ class Probe:
         self.say("phase", self.phases[-1], trainer.step, self.completed)
 
     def _count(self, _frame: Any, event: str, _argument: Any) -> None:
+        if os.getpid() != self._pid:
+            sys.setprofile(None)  # a loader worker, forked in the middle of a phase
+            return
         self.calls += event in ("call", "c_call")
 
     def _die_at(self, call: int) -> Callable[..., None]:
-        def watch(_frame: Any, event: str, _argument: Any) -> None:
-            self.calls += event in ("call", "c_call")
-            if self.calls >= call:
+        def watch(frame: Any, event: str, argument: Any) -> None:
+            self._count(frame, event, argument)
+            if self.calls >= call and os.getpid() == self._pid:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         return watch
