@@ -61,7 +61,8 @@ class Block(nn.Module):
         again = self.keeps_inputs_only and self.ga.path != FAIRCHEM
         for layer in (attention, feed_forward):
             out = recomputed(layer, x) if again else layer(x)
-            x = x + self._dropped(out, batch, num_graphs)
+            # In this order: it decides on strides, and these on how fairchem's modules round.
+            x = self._dropped(out, batch, num_graphs) + x
         return x
 
     def _dropped(self, x: Tensor, batch: Tensor, num_graphs: int) -> Tensor:
