@@ -54,7 +54,7 @@ capability=$("$PYTHON" -c "import torch; print('%d%d' % torch.cuda.get_device_ca
 for precision in bfloat16 float16 tf32 float32; do
   step "compile_$precision" 150 "$PYTHON" -P tests/support/compile_kernels.py "$capability" "$precision" &
 done
-for tests in cuda kernels/test_edges.py kernels/test_nodes.py kernels/test_choice.py; do
+for tests in cuda kernels/test_edges.py kernels/test_nodes.py kernels/test_neighbours.py kernels/test_choice.py; do
   step "tests_$(basename "$tests" .py)" 160 \
     "$PYTHON" -P -m pytest -q -m cuda -p no:cacheprovider -rA "tests/$tests" &
 done

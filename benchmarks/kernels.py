@@ -203,26 +203,26 @@ def main() -> int:
     args = parser.parse_args()
     os.environ.setdefault(fused.SWITCH, "fused")
     ours = fused.operations()
-    rows = []
+    device = torch.cuda.get_device_name() if args.device.startswith("cuda") else "CPU, interpreted"
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    settings = {key: value for key, value in vars(args).items() if key != "out"}
+    rows: list[dict[str, Any]] = []
+    result = {
+        "benchmark": "kernels",
+        "device": device,
+        "versions": versions,
+        "settings": settings,
+        "rows": rows,
+    }
     for precision in args.precisions:
         torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
         for name, case in cases(args, ours, DTYPES[precision]):
             if args.operations is None or name in args.operations:
                 rows.append(measure(args, name, case, precision))
                 print(json.dumps(rows[-1]), flush=True)
-    if args.out:
-        device = torch.cuda.get_device_name() if args.device.startswith("cuda") else "CPU, interpreted"
-        versions = {"python": platform.python_version(), "torch": torch.__version__}
-        settings = {key: value for key, value in vars(args).items() if key != "out"}
-        result = {
-            "benchmark": "kernels",
-            "device": device,
-            "versions": versions,
-            "settings": settings,
-            "rows": rows,
-        }
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=2) + "\n")
+        if args.out:  # after each, in case that there is no time for all
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            args.out.write_text(json.dumps(result, indent=2) + "\n")
     return 0
 
 

@@ -81,18 +81,16 @@ def main() -> int:
     settings = load_config(str(configs_folder() / CONFIG))[0]["model"]
     settings |= {"num_layers": args.layers or settings["num_layers"], "recompute": args.recompute}
     model = EquiformerV2DeNS(**settings)
-    rows = []
+    options = {key: value for key, value in vars(args).items() if key != "out"}
+    rows: list[dict[str, Any]] = []
+    result = {"benchmark": "largest_batch", **describe(args.device), "settings": options, "rows": rows}
     for precision in args.precisions:
-        for name, path in ((STOCK, paths.FAIRCHEM), ("ours", model.operations)):
+        for name, path in (("ours", model.operations), (STOCK, paths.FAIRCHEM)):
             found = largest(copy.deepcopy(model).to(args.device), path, args, precision)
             rows.append({"variant": name, "precision": precision, "structures": found})
             print(rows[-1], flush=True)
-    if args.out:
-        options = {key: value for key, value in vars(args).items() if key != "out"}
-        write(
-            args.out,
-            {"benchmark": "largest_batch", **describe(args.device), "settings": options, "rows": rows},
-        )
+            if args.out:  # after each, in case that there is no time for all
+                write(args.out, result)
     return 0
 
 
