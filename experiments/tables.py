@@ -16,7 +16,7 @@ from experiments.common.experiment import section
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (ROOT / "docs" / "experiments.md",)
-NAMES = ("md17", "oc20", "generated", "denoising")
+NAMES = ("generated", "denoising", "md17", "oc20")
 _PLACE = re.compile(r"(<!-- results (\w+) (quick|full) -->\n).*?(<!-- end -->)", flags=re.S)
 
 
@@ -30,7 +30,12 @@ def filled(text: str) -> str:
     return _PLACE.sub(fill, text)
 
 
-if __name__ == "__main__":
+def fill_pages() -> None:
+    """Write the pages anew."""
     for page in PAGES:
         page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
         print(f"wrote {page}")
+
+
+if __name__ == "__main__":
+    fill_pages()

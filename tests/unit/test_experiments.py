@@ -24,6 +24,7 @@ from experiments.common.runs import Run  # noqa: E402
 from experiments.common.settings import merged, read_run_yaml, read_yaml, schedule  # noqa: E402
 from experiments.common.statistics import Spread, curve, gains, last, select  # noqa: E402
 from experiments.common.trainer import read_history  # noqa: E402
+from experiments.oc20.runs import time_ratio  # noqa: E402
 
 HERE = Path(machinery.__file__).parents[1]
 NAMES = ("md17", "oc20", "generated", "denoising")
@@ -97,6 +98,13 @@ def test_statistics_are_over_seeds() -> None:
     places, means, low, high = curve(base, "forces_mae", "seconds", 10)
     assert places == [4.0, 6.0] and means == [40.0, 40.0] and low == [40.0, 20.0] and high == [40.0, 60.0]
     assert select([*base, *dens], variant="dens", seed=2) == [dens[1]]
+
+
+def test_equal_time_is_measured() -> None:
+    runs = [record("baseline", seed, 1.0, 1.0) for seed in (1, 2, 3)]
+    runs += [record("dens", seed, *[1.0] * 4) for seed in (1, 2, 3)]
+    # 4 s and the seed, 8 s and the seed: the medians are 6 and 10.
+    assert time_ratio(runs) == pytest.approx(10 / 6)
 
 
 def test_only_what_is_missing_is_trained(tmp_path: Path) -> None:
