@@ -292,8 +292,10 @@ def with_our_readers(splits: Mapping[str, dict[str, Any]], *, keep_graph: bool) 
                 "remove it."
             )
         if settings and written in (*READERS, "dens_lmdb"):
-            own = {"format": READERS.get(written, written), "skip_bad_records": skip}
-            replaced[name] = {"keep_graph": keep_graph, **settings, **own}
+            # The other splits inherit what they do not say themselves.
+            own = {} if name == "train" else {"skip_bad_records": False}
+            reader = {"format": READERS.get(written, written)}
+            replaced[name] = {"keep_graph": keep_graph, **settings, **reader, **own}
     return replaced
 
 
