@@ -73,6 +73,8 @@ _OTHER = """\
 | `dataset.relax` | structures for `--mode run-relaxations`; `task.relax_dataset` is moved there |
 | `outputs.forces.train_on_free_atoms` | the noise follows it |
 | `optim.load_balancing_on_error` | `warn_and_no_balance` unless you say otherwise |
+| `optim.cuda_graph: True` | records a training step of Equiformer on a GPU ([here](md17.md)) |
+| `optim.local_num_workers` | loader workers of each rank of a local run ([here](clusters.md)) |
 | anything else under `optim` that nobody reads | a warning that names it |
 """
 _THEIRS = """\
