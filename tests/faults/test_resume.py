@@ -62,7 +62,7 @@ def test_an_error_while_the_best_checkpoint_predicts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The file of the last step then says that this was the best; what is missing of it is made up for."""
-    run_settings["optim"] |= {"max_epochs": 1, "batch_size": 8, "eval_every": 3}
+    run_settings["optim"] |= {"max_epochs": 1, "batch_size": 8, "eval_every": 3, "checkpoint_every": 2}
 
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("no worker")
