@@ -199,6 +199,9 @@ class ResumableTrainer(EquiformerV2ForcesTrainer):
         if self.step == 0 or self.step % eval_every or self.val_loader is None or self.primary_metric is None:
             return
         metrics = self.validate(split="val", disable_tqdm=disable_eval_tqdm)
+        if metrics[self.primary_metric]["metric"] == self.best_val_metric:
+            # It was the best itself: its checkpoint, or the predictions with it, may be what was interrupted.
+            self.best_val_metric = 1e9 if "mae" in self.primary_metric else -1.0
         self.update_best(self.primary_metric, metrics, disable_eval_tqdm=disable_eval_tqdm)
 
     def _forward(self, batch: Any) -> dict[str, Tensor]:

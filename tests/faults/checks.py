@@ -79,10 +79,16 @@ def mismatches(run_dir: Path, undisturbed: str, name: str) -> list[str]:
     """Return what differs between a run and the undisturbed one: checkpoints, and predictions of the best."""
     found = []
     for file in CHECKPOINTS:
+        if not (run_dir / "checkpoints" / name / file).exists():
+            found.append(f"{file} is missing")
+            continue
         one, other = (read(run_dir / "checkpoints" / run / file) for run in (undisturbed, name))
         found += [f"{file}: {place}" for place in differences(one, other)]
     results = run_dir / "results"
     for file in sorted((results / undisturbed).glob("*.npz")):
+        if not (results / name / file.name).exists():
+            found.append(f"{file.name} is missing")
+            continue
         with np.load(file) as one, np.load(results / name / file.name) as other:
             found += [f"{file.name}: {place}" for place in differences(dict(one), dict(other))]
     return found

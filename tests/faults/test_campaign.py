@@ -98,6 +98,13 @@ def test_another_prediction_is_noticed(two_runs: Path) -> None:
     assert checks.mismatches(two_runs, "whole", "other") == ["predictions.npz: energy"]
 
 
+def test_what_is_missing_is_noticed(two_runs: Path) -> None:
+    (two_runs / "results" / "other" / "predictions.npz").unlink()
+    (two_runs / "checkpoints" / "other" / "best_checkpoint.pt").unlink()
+    missing = ["best_checkpoint.pt is missing", "predictions.npz is missing"]
+    assert checks.mismatches(two_runs, "whole", "other") == missing
+
+
 def test_lost_and_damaged_checkpoints_are_noticed(two_runs: Path) -> None:
     folder = two_runs / "checkpoints" / "other"
     now, wrong = checks.readable(folder, {})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,3 +53,28 @@ def test_stopped_twice_and_resumed_is_undisturbed(
     assert campaign.to_the_end(forked, variant, "run", checks.readable(checkpoint.parent, {})[0])
     assert campaign.compare(variant, "run"), campaign.tally.mismatches
     assert not campaign.tally.problems()
+
+
+def test_an_error_while_the_best_checkpoint_predicts(
+    make_trainer: Callable[..., Any],
+    run_settings: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The file of the last step then says that this was the best; what is missing of it is made up for."""
+    run_settings["optim"] |= {"max_epochs": 1, "batch_size": 8, "eval_every": 3, "checkpoint_every": 2}
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no worker")
+
+    trainer = make_trainer(run_settings)
+    monkeypatch.setattr(trainer, "predict", fail)
+    with pytest.raises(RuntimeError, match="no worker"):
+        trainer.train(disable_eval_tqdm=True)
+    predictions = tmp_path / "results" / "test" / "s2ef_predictions.npz"
+    assert not predictions.exists()
+    again = make_trainer(run_settings)
+    again.load_checkpoint(str(tmp_path / "checkpoints" / "test" / "checkpoint.pt"))
+    assert again.step == 3
+    again.train(disable_eval_tqdm=True)
+    assert predictions.exists() and again.best_val_metric == trainer.best_val_metric
