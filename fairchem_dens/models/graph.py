@@ -28,11 +28,13 @@ class Graph:
         edge_index: (2, E) int64, source and target.
         vectors: (E, 3), from target to source, Å.
         distances: (E,), Å.
+        at_most: how many edges lead to an atom at most, where that is certain.
     """
 
     edge_index: Tensor
     vectors: Tensor
     distances: Tensor
+    at_most: int | None = None
 
 
 def padded(graph: Graph, natoms: int, num_edges: int) -> Graph:
@@ -107,7 +109,9 @@ def build_graph(
         vectors = pos[source] - pos[target]
         if offsets is not None:
             vectors = vectors + offsets
-        return Graph(edge_index, vectors, torch.linalg.vector_norm(vectors, dim=-1))
+        # fairchem's search for molecules may leave one too many, and stored edges may be anything.
+        at_most = max_neighbors if strict and use_pbc and not stored else None
+        return Graph(edge_index, vectors, torch.linalg.vector_norm(vectors, dim=-1), at_most)
 
 
 def _periodic_edges(data: Any, cutoff: float, max_neighbors: int, strict: bool) -> tuple[Tensor, Tensor]:

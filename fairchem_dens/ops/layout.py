@@ -155,6 +155,8 @@ class Edges:
         row_ptr: (N+1,) int64; the edges into node n are row_ptr[n] to row_ptr[n+1].
         by_source: (E,) int64, a stable order of the edges by their source.
         source_ptr: (N+1,) int64; the edges out of node n are by_source[source_ptr[n]:source_ptr[n+1]].
+        in_degree: how many edges lead to every node, if it is the same number and known without asking the
+            device; the edges into node n are then n · in_degree to (n + 1) · in_degree.
     """
 
     source: Tensor
@@ -162,6 +164,7 @@ class Edges:
     row_ptr: Tensor
     by_source: Tensor
     source_ptr: Tensor
+    in_degree: int | None = None
 
     @property
     def num_nodes(self) -> int:
@@ -172,10 +175,21 @@ class Edges:
         return len(self.source)
 
 
-def edges_from(source: Tensor, target: Tensor, num_nodes: int) -> Edges:
-    """Return `Edges` of edges that are sorted by target already, without asking the device for anything."""
-    by_source = torch.argsort(source, stable=True)
-    return Edges(source, target, _pointers(target, num_nodes), by_source, _pointers(source, num_nodes))
+def edges_from(source: Tensor, target: Tensor, num_nodes: int, at_most: int | None = None) -> Edges:
+    """Return `Edges` without asking the device for anything.
+
+    Args:
+        source: (E,) int64.
+        target: (E,) int64, ascending.
+        num_nodes: N.
+        at_most: edges into any node, if there is such a bound. With N · ``at_most`` edges in all, which is
+            known from their shape, no node can have fewer.
+    """
+    by_source, source_ptr = torch.argsort(source, stable=True), _pointers(source, num_nodes)
+    if at_most and len(target) == num_nodes * at_most:
+        row_ptr = torch.arange(num_nodes + 1, device=target.device) * at_most
+        return Edges(source, target, row_ptr, by_source, source_ptr, at_most)
+    return Edges(source, target, _pointers(target, num_nodes), by_source, source_ptr)
 
 
 def _pointers(index: Tensor, num_nodes: int) -> Tensor:

@@ -4,8 +4,9 @@
 
 Triton brings its own compiler; only launching needs a device. So nothing is launched: the operations run,
 with their gradients, on tensors without meaning, and each kernel they would launch is compiled, for a later
-run, too. Printed is a line of JSON for each: name, registers, bytes of stack (what did not fit in registers)
-and of shared memory.
+run, too; kernels that walk the edges of a node for any number of them, and for 20 into each. Printed is a
+line of JSON for each: name, that number, registers, bytes of stack (what did not fit in registers) and of
+shared memory.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ def compile_instead(kernel: Any, grid: tuple[int, ...], on: Any, *arguments: Any
     usage = told.stdout + told.stderr
     registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
     name = f"{kernel.fn.__module__.rsplit('.', 1)[-1]}.{kernel.fn.__name__}"
-    line = {"kernel": name, "registers": registers, "stack": stack, "shared": compiled.metadata.shared}
+    line = {"kernel": name, "each": constants.get("EACH"), "registers": registers, "stack": stack}
+    line["shared"] = compiled.metadata.shared
     print(json.dumps(line), flush=True)
 
 
@@ -85,20 +87,27 @@ def main(capability: int, precision: str) -> None:
     def learned(*shape: int, kind: torch.dtype = dtype) -> torch.Tensor:
         return torch.randn(shape, dtype=kind, requires_grad=True)
 
-    rows, edges = Rows(6, 2), edges_from(torch.tensor([0, 1, 2]), torch.tensor([0, 1, 1]), 3)
-    wigner = modules["wigner"].wigner_packed(torch.randn(3, 3, 3), rows)
+    rows, one_each = Rows(6, 2), torch.arange(3)
+    of_any = edges_from(one_each, one_each, 3)
+    of_twenty = edges_from(one_each.repeat(20), one_each.repeat_interleave(20), 3, at_most=20)
     single = torch.float32
     kept, full = torch.randn(POINTS, rows.num_kept), torch.randn(POINTS, rows.num_full)
-    x, scale = learned(3, rows.num_full, CHANNELS, kind=single), learned(3, rows.num_radial, 2 * CHANNELS)
-    outputs = [
-        modules["rotate"].rotate(x, edges, wigner, scale, rows),
-        modules["attend"].attend(
-            learned(3, rows.num_kept, CHANNELS), learned(3, HEADS), wigner, edges, rows, torch.ones(3, HEADS)
-        ),
+    x = learned(3, rows.num_full, CHANNELS, kind=single)
+    outputs = []
+    for edges in (of_any, of_twenty):
+        number = len(edges)
+        wigner = modules["wigner"].wigner_packed(torch.randn(number, 3, 3), rows)
+        scale, logits = learned(number, rows.num_radial, 2 * CHANNELS), learned(number, HEADS)
+        values, dropout = learned(number, rows.num_kept, CHANNELS), torch.ones(number, HEADS)
+        outputs += [
+            modules["rotate"].rotate(x, edges, wigner, scale, rows),
+            modules["attend"].attend(values, logits, wigner, edges, rows, dropout),
+            modules["edge_degree"].edge_degree(learned(number, 7, CHANNELS), wigner, edges, rows),
+        ]
+    outputs += [
         modules["s2_activation"].s2_activation(
             learned(3, rows.num_kept, HIDDEN), learned(3, HIDDEN), kept, kept
         ),
-        modules["edge_degree"].edge_degree(learned(3, 7, CHANNELS), wigner, edges, rows),
         *(
             modules["norm"].equivariant_norm(
                 x, learned(7, CHANNELS, kind=single), learned(CHANNELS, kind=single), 1e-5, kind

@@ -56,13 +56,13 @@ class Geometry:
 def sorted_by_target(graph: Graph) -> Graph:
     """Return the graph with its edges in a stable order of their targets."""
     order = torch.argsort(graph.edge_index[1], stable=True)
-    return Graph(graph.edge_index[:, order], graph.vectors[order], graph.distances[order])
+    return Graph(graph.edge_index[:, order], graph.vectors[order], graph.distances[order], graph.at_most)
 
 
 def edges_of(graph: Graph, natoms: int) -> Edges:
     """Return the edges of a graph that is sorted by target."""
     source, target = graph.edge_index
-    return edges_from(source.contiguous(), target.contiguous(), natoms)
+    return edges_from(source.contiguous(), target.contiguous(), natoms, graph.at_most)
 
 
 class Grids(nn.Module):

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fairchem_dens.ops.fused.indices import packed_row, rescale, row_of
+from fairchem_dens.ops.fused.indices import edges_into, packed_row, rescale, row_of
 from fairchem_dens.ops.fused.launching import blocks, launch, power_of_two
 from fairchem_dens.ops.layout import Edges, Rows
 
@@ -27,71 +27,90 @@ SMALLEST = 1e-16
 
 @triton.jit
 def _softmax(logits, row_ptr, softmax, HEADS: tl.constexpr, H: tl.constexpr, K: tl.constexpr,
-             SMALL: tl.constexpr):  # fmt: skip
+             EACH: tl.constexpr, SMALL: tl.constexpr):  # fmt: skip
     node = tl.program_id(0)
-    first = tl.load(row_ptr + node).to(tl.int64)
-    last = tl.load(row_ptr + node + 1).to(tl.int64)
+    first, count = edges_into(node, row_ptr, EACH)
     head = tl.arange(0, H)
     k = tl.arange(0, K)
-    largest = tl.full((H,), float("-inf"), dtype=tl.float32)
-    for start in range(first, last, K):
-        edge = start + k
-        exists = (edge < last)[:, None] & (head < HEADS)[None, :]
-        some = tl.load(logits + edge[:, None] * HEADS + head[None, :], mask=exists, other=float("-inf"))
-        largest = tl.maximum(largest, tl.max(some.to(tl.float32), axis=0))
-    # Heads that do not exist have no largest logit; a difference of infinities would not be a number.
-    largest = tl.where(head < HEADS, largest, 0.0)
-    total = tl.zeros((H,), dtype=tl.float32)
-    for start in range(first, last, K):
-        edge = start + k
-        exists = (edge < last)[:, None] & (head < HEADS)[None, :]
-        some = tl.load(logits + edge[:, None] * HEADS + head[None, :], mask=exists, other=float("-inf"))
-        total += tl.sum(tl.exp(some.to(tl.float32) - largest[None, :]), axis=0)
-    total = total + SMALL
-    for start in range(first, last, K):
-        edge = start + k
-        where = edge[:, None] * HEADS + head[None, :]
-        exists = (edge < last)[:, None] & (head < HEADS)[None, :]
-        some = tl.load(logits + where, mask=exists, other=float("-inf"))
-        some = tl.exp(some.to(tl.float32) - largest[None, :]) / total[None, :]
-        tl.store(softmax + where, some, mask=exists)
+    if EACH > 0 and EACH <= K:  # all edges at once: what is read or computed stays in registers
+        where = (first + k)[:, None] * HEADS + head[None, :]
+        exists = (k < EACH)[:, None] & (head < HEADS)[None, :]
+        some = tl.load(logits + where, mask=exists, other=float("-inf")).to(tl.float32)
+        largest = tl.where(head < HEADS, tl.max(some, axis=0), 0.0)
+        some = tl.exp(some - largest[None, :])
+        total = tl.sum(some, axis=0) + SMALL
+        tl.store(softmax + where, some / total[None, :], mask=exists)
+    else:
+        largest = tl.full((H,), float("-inf"), dtype=tl.float32)
+        for start in range(0, count, K):
+            where = (first + start + k)[:, None] * HEADS + head[None, :]
+            exists = (start + k < count)[:, None] & (head < HEADS)[None, :]
+            some = tl.load(logits + where, mask=exists, other=float("-inf"))
+            largest = tl.maximum(largest, tl.max(some.to(tl.float32), axis=0))
+        # Heads that do not exist have no largest logit; a difference of infinities would not be a number.
+        largest = tl.where(head < HEADS, largest, 0.0)
+        total = tl.zeros((H,), dtype=tl.float32)
+        for start in range(0, count, K):
+            where = (first + start + k)[:, None] * HEADS + head[None, :]
+            exists = (start + k < count)[:, None] & (head < HEADS)[None, :]
+            some = tl.load(logits + where, mask=exists, other=float("-inf"))
+            total += tl.sum(tl.exp(some.to(tl.float32) - largest[None, :]), axis=0)
+        total = total + SMALL
+        for start in range(0, count, K):
+            where = (first + start + k)[:, None] * HEADS + head[None, :]
+            exists = (start + k < count)[:, None] & (head < HEADS)[None, :]
+            some = tl.load(logits + where, mask=exists, other=float("-inf"))
+            some = tl.exp(some.to(tl.float32) - largest[None, :]) / total[None, :]
+            tl.store(softmax + where, some, mask=exists)
+
+
+@triton.jit
+def _d_softmax(d_softmax, edge, head, exists, HEADS: tl.constexpr, DEGREES: tl.constexpr):
+    """Sum what each degree says of the gradient of the softmax."""
+    gradient = tl.zeros(exists.shape, dtype=tl.float32)
+    for degree in tl.static_range(DEGREES):
+        part = edge[:, None] * (DEGREES * HEADS) + degree * HEADS + head[None, :]
+        gradient += tl.load(d_softmax + part, mask=exists, other=0.0)
+    return gradient
 
 
 @triton.jit
 def _softmax_backward(softmax, d_softmax, row_ptr, d_logits, HEADS: tl.constexpr, DEGREES: tl.constexpr,
-                      H: tl.constexpr, K: tl.constexpr):  # fmt: skip
+                      H: tl.constexpr, K: tl.constexpr, EACH: tl.constexpr):  # fmt: skip
     node = tl.program_id(0)
-    first = tl.load(row_ptr + node).to(tl.int64)
-    last = tl.load(row_ptr + node + 1).to(tl.int64)
+    first, count = edges_into(node, row_ptr, EACH)
     head = tl.arange(0, H)
     k = tl.arange(0, K)
-    mean = tl.zeros((H,), dtype=tl.float32)
-    for start in range(first, last, K):
-        edge = start + k
-        where = edge[:, None] * HEADS + head[None, :]
-        exists = (edge < last)[:, None] & (head < HEADS)[None, :]
-        gradient = tl.zeros((K, H), dtype=tl.float32)
-        for degree in tl.static_range(DEGREES):
-            part = edge[:, None] * (DEGREES * HEADS) + degree * HEADS + head[None, :]
-            gradient += tl.load(d_softmax + part, mask=exists, other=0.0)
-        mean += tl.sum(tl.load(softmax + where, mask=exists, other=0.0) * gradient, axis=0)
-    for start in range(first, last, K):
-        edge = start + k
-        where = edge[:, None] * HEADS + head[None, :]
-        exists = (edge < last)[:, None] & (head < HEADS)[None, :]
-        gradient = tl.zeros((K, H), dtype=tl.float32)
-        for degree in tl.static_range(DEGREES):
-            part = edge[:, None] * (DEGREES * HEADS) + degree * HEADS + head[None, :]
-            gradient += tl.load(d_softmax + part, mask=exists, other=0.0)
-        gradient = tl.load(softmax + where, mask=exists, other=0.0) * (gradient - mean[None, :])
+    if EACH > 0 and EACH <= K:
+        where = (first + k)[:, None] * HEADS + head[None, :]
+        exists = (k < EACH)[:, None] & (head < HEADS)[None, :]
+        gradient = _d_softmax(d_softmax, first + k, head, exists, HEADS, DEGREES)
+        weights = tl.load(softmax + where, mask=exists, other=0.0)
+        mean = tl.sum(weights * gradient, axis=0)
+        gradient = weights * (gradient - mean[None, :])
         tl.store(d_logits + where, gradient.to(d_logits.dtype.element_ty), mask=exists)
+    else:
+        mean = tl.zeros((H,), dtype=tl.float32)
+        for start in range(0, count, K):
+            edge = first + start + k
+            where = edge[:, None] * HEADS + head[None, :]
+            exists = (start + k < count)[:, None] & (head < HEADS)[None, :]
+            gradient = _d_softmax(d_softmax, edge, head, exists, HEADS, DEGREES)
+            mean += tl.sum(tl.load(softmax + where, mask=exists, other=0.0) * gradient, axis=0)
+        for start in range(0, count, K):
+            edge = first + start + k
+            where = edge[:, None] * HEADS + head[None, :]
+            exists = (start + k < count)[:, None] & (head < HEADS)[None, :]
+            gradient = _d_softmax(d_softmax, edge, head, exists, HEADS, DEGREES)
+            gradient = tl.load(softmax + where, mask=exists, other=0.0) * (gradient - mean[None, :])
+            tl.store(d_logits + where, gradient.to(d_logits.dtype.element_ty), mask=exists)
 
 
 @triton.jit
 def _forward(
     values, softmax, dropout, wigner, row_ptr, out, S: tl.constexpr, C: tl.constexpr, V: tl.constexpr,
     ROWS: tl.constexpr, PACKED: tl.constexpr, LMAX: tl.constexpr, MMAX: tl.constexpr, K: tl.constexpr,
-    B: tl.constexpr, DROPOUT: tl.constexpr,
+    B: tl.constexpr, EACH: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     node = tl.program_id(0)
     degree = tl.program_id(1)
@@ -100,9 +119,9 @@ def _forward(
     head = channel // V
     k = tl.arange(0, K)
     total = tl.zeros((K, B), dtype=tl.float32)
-    first = tl.load(row_ptr + node).to(tl.int64)
-    last = tl.load(row_ptr + node + 1).to(tl.int64)
-    for edge in range(first, last):
+    first, count = edges_into(node, row_ptr, EACH)
+    for place in range(count):
+        edge = first + place
         weight = tl.load(softmax + edge * (C // V) + head, mask=inside, other=0.0)
         if DROPOUT:
             weight = weight * tl.load(dropout + edge * (C // V) + head, mask=inside, other=0.0).to(tl.float32)
@@ -129,7 +148,7 @@ def _forward(
 def _backward(
     d_out, values, softmax, dropout, wigner, row_ptr, d_values, d_softmax, S: tl.constexpr, C: tl.constexpr,
     V: tl.constexpr, ROWS: tl.constexpr, PACKED: tl.constexpr, LMAX: tl.constexpr, MMAX: tl.constexpr,
-    K: tl.constexpr, B: tl.constexpr, DROPOUT: tl.constexpr,
+    K: tl.constexpr, B: tl.constexpr, EACH: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     node = tl.program_id(0)
     degree = tl.program_id(1)
@@ -141,9 +160,9 @@ def _backward(
     where = node.to(tl.int64) * (S * C) + (degree * degree + k)[:, None] * C + channel[None, :]
     exists = (k < 2 * degree + 1)[:, None] & inside[None, :]
     gradients = tl.load(d_out + where, mask=exists, other=0.0).to(tl.float32) * rescale(degree, MMAX)
-    first = tl.load(row_ptr + node).to(tl.int64)
-    last = tl.load(row_ptr + node + 1).to(tl.int64)
-    for edge in range(first, last):
+    first, count = edges_into(node, row_ptr, EACH)
+    for place in range(count):
+        edge = first + place
         factor = tl.full((B,), 1.0, dtype=tl.float32)
         if DROPOUT:
             factor = tl.load(dropout + edge * (C // V) + head, mask=inside, other=0.0).to(tl.float32)
@@ -186,13 +205,13 @@ class _Attend(torch.autograd.Function):
         heads, channels = logits.shape[1], values.shape[2]
         launch(
             _softmax, (edges.num_nodes,), logits, logits, edges.row_ptr, softmax, HEADS=heads,
-            H=power_of_two(heads), K=_EDGES, SMALL=SMALLEST, num_warps=1,
+            H=power_of_two(heads), K=_EDGES, EACH=edges.in_degree or 0, SMALL=SMALLEST, num_warps=1,
         )  # fmt: skip
         out = softmax.new_empty(edges.num_nodes, rows.num_full, channels)
         launch(
             _forward, _grid(edges, rows, channels, heads), values, values, softmax,
             softmax if dropout is None else dropout, wigner, edges.row_ptr, out, DROPOUT=dropout is not None,
-            **_sizes(rows, channels, heads), num_warps=1,
+            **_sizes(edges, rows, channels, heads), num_warps=1,
         )  # fmt: skip
         ctx.save_for_backward(values, logits, softmax, wigner, dropout)
         ctx.edges, ctx.rows = edges, rows
@@ -209,11 +228,12 @@ class _Attend(torch.autograd.Function):
         launch(
             _backward, _grid(edges, rows, channels, heads), values, grad.contiguous(), values, softmax,
             softmax if dropout is None else dropout, wigner, edges.row_ptr, d_values, d_softmax,
-            DROPOUT=dropout is not None, **_sizes(rows, channels, heads), num_warps=1,
+            DROPOUT=dropout is not None, **_sizes(edges, rows, channels, heads), num_warps=1,
         )  # fmt: skip
         launch(
             _softmax_backward, (edges.num_nodes,), logits, softmax, d_softmax, edges.row_ptr, d_logits,
-            HEADS=heads, DEGREES=rows.lmax + 1, H=power_of_two(heads), K=_EDGES, num_warps=1,
+            HEADS=heads, DEGREES=rows.lmax + 1, H=power_of_two(heads), K=_EDGES,
+            EACH=edges.in_degree or 0, num_warps=1,
         )  # fmt: skip
         return d_values, d_logits, None, None, None, None
 
@@ -227,11 +247,11 @@ def _grid(edges: Edges, rows: Rows, channels: int, heads: int) -> tuple[int, int
     return edges.num_nodes, rows.lmax + 1, blocks(channels, _block(channels, heads))
 
 
-def _sizes(rows: Rows, channels: int, heads: int) -> dict[str, int]:
+def _sizes(edges: Edges, rows: Rows, channels: int, heads: int) -> dict[str, int]:
     return {
         "S": rows.num_full, "C": channels, "V": channels // heads, "ROWS": rows.num_kept,
         "PACKED": rows.num_packed, "LMAX": rows.lmax, "MMAX": rows.mmax, "K": power_of_two(2 * rows.lmax + 1),
-        "B": _block(channels, heads),
+        "B": _block(channels, heads), "EACH": edges.in_degree or 0,
     }  # fmt: skip
 
 

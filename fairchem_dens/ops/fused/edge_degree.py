@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fairchem_dens.ops.fused.indices import packed_row, rescale
+from fairchem_dens.ops.fused.indices import edges_into, packed_row, rescale
 from fairchem_dens.ops.fused.launching import blocks, launch, power_of_two
 from fairchem_dens.ops.layout import Edges, Rows
 
@@ -19,7 +19,7 @@ _CHANNELS = 64
 @triton.jit
 def _forward(
     radial, wigner, row_ptr, out, S: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr, LMAX: tl.constexpr,
-    MMAX: tl.constexpr, K: tl.constexpr, B: tl.constexpr,
+    MMAX: tl.constexpr, K: tl.constexpr, B: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip
     node = tl.program_id(0)
     degree = tl.program_id(1)
@@ -27,9 +27,9 @@ def _forward(
     inside = channel < C
     k = tl.arange(0, K)
     total = tl.zeros((K, B), dtype=tl.float32)
-    first = tl.load(row_ptr + node).to(tl.int64)
-    last = tl.load(row_ptr + node + 1).to(tl.int64)
-    for edge in range(first, last):
+    first, count = edges_into(node, row_ptr, EACH)
+    for place in range(count):
+        edge = first + place
         block = edge * PACKED + packed_row(degree, 0, MMAX)
         harmonics = tl.load(wigner + block + k, mask=k < 2 * degree + 1, other=0.0).to(tl.float32)
         where = edge * ((LMAX + 1) * C) + degree * C + channel
@@ -41,7 +41,7 @@ def _forward(
 @triton.jit
 def _backward(
     d_out, wigner, row_ptr, d_radial, S: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr,
-    LMAX: tl.constexpr, MMAX: tl.constexpr, K: tl.constexpr, B: tl.constexpr,
+    LMAX: tl.constexpr, MMAX: tl.constexpr, K: tl.constexpr, B: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip
     node = tl.program_id(0)
     degree = tl.program_id(1)
@@ -51,9 +51,9 @@ def _backward(
     where = node.to(tl.int64) * (S * C) + (degree * degree + k)[:, None] * C + channel[None, :]
     exists = (k < 2 * degree + 1)[:, None] & inside[None, :]
     gradients = tl.load(d_out + where, mask=exists, other=0.0).to(tl.float32) * rescale(degree, MMAX)
-    first = tl.load(row_ptr + node).to(tl.int64)
-    last = tl.load(row_ptr + node + 1).to(tl.int64)
-    for edge in range(first, last):
+    first, count = edges_into(node, row_ptr, EACH)
+    for place in range(count):
+        edge = first + place
         block = edge * PACKED + packed_row(degree, 0, MMAX)
         harmonics = tl.load(wigner + block + k, mask=k < 2 * degree + 1, other=0.0).to(tl.float32)
         gradient = tl.sum(harmonics[:, None] * gradients, axis=0)
@@ -75,7 +75,7 @@ class _EdgeDegree(torch.autograd.Function):
             wigner,
             edges.row_ptr,
             out,
-            **_sizes(rows, channels),
+            **_sizes(edges, rows, channels),
         )
         ctx.save_for_backward(wigner)
         ctx.edges, ctx.rows, ctx.dtype = edges, rows, radial.dtype
@@ -89,7 +89,7 @@ class _EdgeDegree(torch.autograd.Function):
         grad_radial = grad.new_empty(len(edges), rows.lmax + 1, channels, dtype=ctx.dtype)
         launch(
             _backward, _grid(edges, rows, channels), grad, grad.contiguous(), wigner, edges.row_ptr,
-            grad_radial, **_sizes(rows, channels),
+            grad_radial, **_sizes(edges, rows, channels),
         )  # fmt: skip
         return grad_radial, None, None, None
 
@@ -98,10 +98,11 @@ def _grid(edges: Edges, rows: Rows, channels: int) -> tuple[int, int, int]:
     return edges.num_nodes, rows.lmax + 1, blocks(channels, _CHANNELS)
 
 
-def _sizes(rows: Rows, channels: int) -> dict[str, int]:
+def _sizes(edges: Edges, rows: Rows, channels: int) -> dict[str, int]:
     return {
         "S": rows.num_full, "C": channels, "PACKED": rows.num_packed, "LMAX": rows.lmax, "MMAX": rows.mmax,
-        "K": power_of_two(2 * rows.lmax + 1), "B": _CHANNELS, "num_warps": 1,
+        "K": power_of_two(2 * rows.lmax + 1), "B": _CHANNELS,
+        "EACH": edges.in_degree or 0, "num_warps": 1,
     }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Where rows and Wigner entries lie, for kernels; `fairchem_dens.ops.layout` says why.
+"""Where rows, Wigner entries and the edges of a node lie, for kernels; `fairchem_dens.ops.layout` says why.
 
 Orders are known when a kernel is compiled, degrees may be.
 """
@@ -34,6 +34,18 @@ def packed_row(degree, order: tl.constexpr, MMAX: tl.constexpr):
     )
     start = tl.where(degree <= MMAX + 1, near, far)
     return start + (tl.where(degree < MMAX, degree, MMAX) + order) * (2 * degree + 1)
+
+
+@triton.jit
+def edges_into(node, row_ptr, EACH: tl.constexpr):
+    """First edge into a node, and how many there are: so many into each, or as the pointers say with 0."""
+    if EACH > 0:
+        first = node.to(tl.int64) * EACH
+        count = EACH
+    else:
+        first = tl.load(row_ptr + node).to(tl.int64)
+        count = tl.load(row_ptr + node + 1).to(tl.int64) - first
+    return first, count
 
 
 @triton.jit

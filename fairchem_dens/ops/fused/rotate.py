@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fairchem_dens.ops.fused.indices import packed_row, radial_row_of, row_of
+from fairchem_dens.ops.fused.indices import edges_into, packed_row, radial_row_of, row_of
 from fairchem_dens.ops.fused.launching import blocks, launch, power_of_two
 from fairchem_dens.ops.layout import Edges, Rows
 
@@ -100,7 +100,7 @@ def _add_edge(
 def _backward(
     d_out, x, wigner, scale, d_x, d_scale, source_ptr, by_source, row_ptr, start, stop, S: tl.constexpr,
     C: tl.constexpr, ROWS: tl.constexpr, RADIAL: tl.constexpr, PACKED: tl.constexpr, LMAX: tl.constexpr,
-    MMAX: tl.constexpr, K: tl.constexpr, B: tl.constexpr,
+    MMAX: tl.constexpr, K: tl.constexpr, B: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip
     node = tl.program_id(0)
     degree = tl.program_id(1)
@@ -119,9 +119,8 @@ def _backward(
                 total, values, edge - start, degree, d_out, wigner, scale, d_scale, channel, inside, C, ROWS,
                 RADIAL, PACKED, LMAX, MMAX, K,
             )  # fmt: skip
-    first = tl.maximum(tl.load(row_ptr + node).to(tl.int64), start)
-    last = tl.minimum(tl.load(row_ptr + node + 1).to(tl.int64), stop)
-    for edge in range(first, last):
+    first, count = edges_into(node, row_ptr, EACH)
+    for edge in range(tl.maximum(first, start), tl.minimum(first + count, stop)):
         total = _add_edge(
             total, values, edge - start, degree, d_out + C, wigner, scale + C, d_scale + C, channel, inside,
             C, ROWS, RADIAL, PACKED, LMAX, MMAX, K,
@@ -190,7 +189,8 @@ def rotate_backward(
         _backward, (len(x), rows.lmax + 1, blocks(channels, _CHANNELS)), x, grad, x, wigner, scale, total,
         grad_scale, edges.source_ptr, edges.by_source, edges.row_ptr, start, stop, S=rows.num_full,
         C=channels, ROWS=rows.num_kept, RADIAL=rows.num_radial, PACKED=rows.num_packed, LMAX=rows.lmax,
-        MMAX=rows.mmax, K=power_of_two(2 * rows.lmax + 1), B=_CHANNELS, num_warps=1,
+        MMAX=rows.mmax, K=power_of_two(2 * rows.lmax + 1), B=_CHANNELS, EACH=edges.in_degree or 0,
+        num_warps=1,
     )  # fmt: skip
     if total is not grad_x:
         grad_x.copy_(total)
