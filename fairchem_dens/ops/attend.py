@@ -25,6 +25,8 @@ _TINY = 1e-16
 def edge_softmax(logits: Tensor, edges: Edges) -> Tensor:
     """Return the softmax of (E, heads) over the edges into each node, in single precision or better."""
     logits = at_least_single(logits)
+    if edges.in_degree:
+        return _by_node(logits, edges).softmax(dim=1).flatten(0, 1)
     index = edges.target[:, None].expand_as(logits)
     highest = logits.new_full((edges.num_nodes, logits.shape[1]), float("-inf"))
     highest = highest.scatter_reduce(0, index, logits.detach(), reduce="amax")
@@ -145,9 +147,16 @@ class _SumOverEdges(torch.autograd.Function):
 
 
 def _sums(values: Tensor, edges: Edges) -> Tensor:
+    if edges.in_degree:
+        return _by_node(values, edges).sum(dim=1)
     out = values.new_zeros(edges.num_nodes, *values.shape[1:])
     add_rows(out, edges.target, values)
     return out
+
+
+def _by_node(values: Tensor, edges: Edges) -> Tensor:
+    """View (E, ...) as (N, E / N, ...), where as many edges lead to each node."""
+    return values.unflatten(0, (edges.num_nodes, len(edges) // max(edges.num_nodes, 1)))
 
 
 def _by_head(values: Tensor, heads: int) -> Tensor:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from fairchem_dens.ops import attend as plain_attend
+from fairchem_dens.ops import edge_degree as plain_degree
 from fairchem_dens.ops import rotate as plain_rotate
 from fairchem_dens.ops import s2_activation as plain_s2
 from fairchem_dens.ops.fused import attend as fused_attend
+from fairchem_dens.ops.fused import edge_degree as fused_degree
 from fairchem_dens.ops.fused import rotate as fused_rotate
 from fairchem_dens.ops.fused import s2_activation as fused_s2
-from fairchem_dens.ops.layout import Edges, Rows
-from fused import check, edges_of
+from fairchem_dens.ops.layout import Edges, Rows, edges_from
+from fused import FORWARD, check, edges_of, largest, run
 
 GRAPHS = {
     "one edge": (1, 0),
@@ -95,6 +101,48 @@ def test_many_neighbours(degrees: tuple[int, ...], device: str) -> None:
     check(attention(fused_attend, edges, rows), attention(plain_attend, edges, rows), inputs, device)
 
 
+# One, not a power of two, the paper's number, and more than the softmax looks at together.
+@pytest.mark.parametrize(
+    "each", [1, 3, *(pytest.param(number, marks=pytest.mark.slow) for number in (20, 33))]
+)
+@pytest.mark.parametrize("name", ["rotate", "attend", "edge_degree"])
+def test_as_many_edges_into_each_node(name: str, each: int, device: str) -> None:
+    """That the number is known changes nothing; without a bound it is not known."""
+    target = torch.arange(2, device=device).repeat_interleave(each)
+    source, rows = torch.randint_like(target, 2), Rows(1, 1)
+    known, unknown = edges_from(source, target, 2, at_most=each), edges_from(source, target, 2)
+    assert known.in_degree == each and unknown.in_degree is None
+    assert torch.equal(known.row_ptr, unknown.row_ptr)
+    dropout = torch.randint(2, (len(known), 3), device=device).float()
+
+    def operation(path: str, edges: Edges) -> Callable[..., Tensor]:
+        fused = path == "fused"
+        if name == "rotate":
+            return rotation(fused_rotate if fused else plain_rotate, edges, rows)
+        if name == "attend":
+            return attention(fused_attend if fused else plain_attend, edges, rows, dropout)
+        module: Any = fused_degree if fused else plain_degree
+        return lambda radial, wigner: module.edge_degree(radial, wigner, edges, rows)
+
+    inputs = {
+        "rotate": lambda: rotation_inputs(known, rows, 5),
+        "attend": lambda: attention_inputs(known, rows, 3, 4),
+        "edge_degree": lambda: [torch.randn(2 * each, 2, 5).requires_grad_(), torch.randn(2 * each, 10)],
+    }[name]()
+    check(operation("fused", known), operation("plain", known), inputs, device)
+    found, expected = (
+        run(operation("fused", edges), inputs, torch.float32, device) for edges in (known, unknown)
+    )
+    for one, other in zip([found[0], *found[1]], [expected[0], *expected[1]], strict=True):
+        # A compiler may order the sums of two kernels differently, the interpreter does not.
+        assert largest(one, other) <= (0 if device == "cpu" else FORWARD)
+    found, expected = (
+        run(operation("plain", edges), inputs, torch.float64, device) for edges in (known, unknown)
+    )
+    for one, other in zip([found[0], *found[1]], [expected[0], *expected[1]], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-13, atol=1e-13)
+
+
 def test_wide_heads(device: str) -> None:
     """Of more channels than a program has else."""
     edges, rows = edges_of(2, 1, device=device), Rows(1, 1)
@@ -109,9 +157,12 @@ def test_dropout(device: str) -> None:
     check(*operations, attention_inputs(edges, rows, 3, 4), device)
 
 
-def test_rotate_in_portions(device: str) -> None:
+@pytest.mark.parametrize("degrees", [(3, 2, 4), (3, 3, 3)], ids=str)
+def test_rotate_in_portions(degrees: tuple[int, ...], device: str) -> None:
     """The gradient of edges 2..5 alone, added to what there is."""
-    edges, rows = edges_of(3, 2, 4, device=device), Rows(2, 1)
+    edges, rows = edges_of(*degrees, device=device), Rows(2, 1)
+    if len(set(degrees)) == 1:
+        edges = replace(edges, in_degree=degrees[0])
     x, wigner, scale = (value.detach().to(device) for value in rotation_inputs(edges, rows, 5))
     part = slice(2, 6)
     grad = torch.randn(4, rows.num_kept, 10, device=device)

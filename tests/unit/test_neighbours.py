@@ -10,6 +10,8 @@ from ase.build import fcc111
 from torch_geometric.data import Batch, Data
 
 from fairchem_dens.data.lmdb import data_from_atoms
+from fairchem_dens.models.equiformer_v2.geometry import edges_of as sorted_edges_of
+from fairchem_dens.models.equiformer_v2.geometry import sorted_by_target
 from fairchem_dens.models.graph import Graph, build_graph
 from fairchem_dens.models.inputs import prepared
 
@@ -50,6 +52,24 @@ def test_the_rest_of_a_batch_does_not_matter(crystal: Data, structure: Callable[
     others = [structure(0), small, structure(1), small]
     for place in range(5):
         assert edges_of(place, *others[:place], crystal, *others[place:]) == alone
+
+
+def test_as_many_into_each_atom_where_it_is_certain(crystal: Data, structure: Callable[..., Data]) -> None:
+    def known(*structures: Data, strict: bool = True) -> int | None:
+        batch, graph = graph_of(*structures, strict=strict)
+        return sorted_edges_of(sorted_by_target(graph), batch.num_nodes).in_degree
+
+    lonely = structure(0)
+    lonely.cell = lonely.cell * 10
+    lonely.pos = lonely.pos * 10
+    assert known(crystal) == known(crystal, crystal) == 20
+    assert known(crystal, strict=False) is None
+    assert known(crystal, lonely) is None
+    batch, graph = graph_of(crystal)
+    batch.edge_index = graph.edge_index
+    batch.cell_offsets = torch.zeros(graph.edge_index.shape[1], 3)
+    stored = build_graph(batch, cutoff=6.0, max_neighbors=20, strict=True, use_pbc=True, otf_graph=False)
+    assert stored.at_most is None
 
 
 def test_rounding_does_not_matter(crystal: Data) -> None:

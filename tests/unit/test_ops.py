@@ -78,6 +78,14 @@ class TestLayout:
             assert (edges.target[into] == node).all() and (edges.source[out_of] == node).all()
         assert edges.row_ptr[-1] == edges.source_ptr[-1] == 6
 
+    def test_as_many_edges_into_each_node(self):
+        source, target = torch.tensor([0, 1, 1, 1]), torch.tensor([0, 0, 1, 1])
+        edges = edges_from(source, target, 2, at_most=2)
+        assert edges.in_degree == 2 and edges.row_ptr.tolist() == [0, 2, 4]
+        assert edges_from(source, target, 2).in_degree is None
+        assert edges_from(source[1:], target[1:], 2, at_most=2).in_degree is None
+        assert edges_from(source[:0], target[:0], 2, at_most=2).in_degree is None
+
 
 class TestRotations:
     @pytest.mark.parametrize(("lmax", "mmax"), DEGREES)
