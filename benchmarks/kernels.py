@@ -57,7 +57,9 @@ def cases(args: argparse.Namespace, ours: Operations, dtype: torch.dtype) -> Ite
     channels, hidden, heads = args.channels, args.channels // 2, 8
     points = (2 * (args.lmax + 1) + 4) ** 2
     target = torch.arange(nodes).repeat_interleave(args.neighbors)
-    edges = edges_from(torch.randint(nodes, target.shape).to(device), target.to(device), nodes)
+    edges = edges_from(
+        torch.randint(nodes, target.shape).to(device), target.to(device), nodes, at_most=args.neighbors
+    )
 
     def learned(*shape: int, kind: torch.dtype = dtype) -> Tensor:
         return torch.randn(shape, device=device, dtype=kind, requires_grad=True)
