@@ -17,7 +17,7 @@ from torch import Tensor
 from torch_geometric.data import Batch, Data
 
 from fairchem_dens.models import EquiformerDeNS
-from fairchem_dens.models.equiformer.activation import Gate, ScalarActivation, smooth_leaky_relu
+from fairchem_dens.models.equiformer.activation import Gate, ScalarActivation, silu, smooth_leaky_relu
 from fairchem_dens.models.equiformer.blocks import AtomEmbedding, EdgeDegreeEmbedding
 from fairchem_dens.models.equiformer.dropout import drop_path, dropout_channels
 from fairchem_dens.models.equiformer.features import Features, in_order
@@ -273,6 +273,24 @@ class TestParts:
             return torch.autograd.grad(total, x)[0]
 
         assert_close(third(ours), third(plain))
+
+    def test_derivatives_of_the_gate(self):
+        gate = Gate(o3.Irreps("3x0e+2x1e"))
+        torch.manual_seed(0)
+        shapes = [(2, ir.dim, mul) for mul, ir in gate.irreps_in]
+        x = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+        assert torch.autograd.gradcheck(lambda *x: tuple(gate(x)), x, fast_mode=True)
+        assert torch.autograd.gradgradcheck(lambda *x: tuple(gate(x)), x, fast_mode=True)
+        # The third one, of SiLU: as torch takes it.
+        one = torch.randn(2, 1, 5, dtype=torch.float64, requires_grad=True)
+        found = []
+        for function in (lambda one: gate([one, x[1]])[0], lambda one: silu(one[..., :3])):
+            total = function(one).sin().sum()
+            for _ in range(3):
+                (gradient,) = torch.autograd.grad(total, one, create_graph=True)
+                total = gradient.sin().sum()
+            found.append(gradient)
+        assert_close(*found)
 
     def test_radial_basis(self):
         basis = ExpNormalBasis(4.0, 6)
