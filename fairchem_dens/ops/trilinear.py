@@ -100,7 +100,11 @@ class Layout:
 
 
 def trilinear(
-    x: Sequence[Tensor], matrices: Sequence[Tensor], weights: Tensor | None, layout: Layout
+    x: Sequence[Tensor],
+    matrices: Sequence[Tensor],
+    weights: Tensor | None,
+    layout: Layout,
+    matrices_once: bool = False,
 ) -> list[Tensor]:
     """Couple features with matrices, and weight the result.
 
@@ -111,6 +115,9 @@ def trilinear(
         matrices: for each source (E, K, D), rows by target, path and component.
         weights: (E, W), by target, source, path and channel; None for ones.
         layout: of all of them.
+        matrices_once: matrices have gradients only in a backward pass that is recorded itself
+            (``create_graph=True``). For forces in training: that pass yields them, and the one that follows
+            is for the weights of the network alone.
 
     Returns:
         For each target (E, components, width), channels by source and path.
@@ -122,7 +129,7 @@ def trilinear(
     count = len(layout.channels)
     inputs = [one.to(kind) for one in inputs]
     weighting = inputs[-1] if weights is not None else None
-    return list(_Product.apply(layout, weighting, *inputs[: 2 * count]))  # type: ignore[no-untyped-call]
+    return list(_Product.apply(layout, matrices_once, weighting, *inputs[: 2 * count]))  # type: ignore[no-untyped-call]
 
 
 def trilinear_plain(
@@ -145,8 +152,10 @@ class _Product(torch.autograd.Function):
     """∂S/∂g."""
 
     @staticmethod
-    def forward(ctx: Any, layout: Layout, weights: Tensor | None, *inputs: Tensor) -> tuple[Tensor, ...]:
-        ctx.layout = layout
+    def forward(
+        ctx: Any, layout: Layout, matrices_once: bool, weights: Tensor | None, *inputs: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.layout, ctx.matrices_once = layout, matrices_once
         ctx.save_for_backward(weights, *inputs)
         count = len(layout.channels)
         x, matrices = inputs[:count], inputs[count:]
@@ -160,10 +169,12 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         weights, *inputs = ctx.saved_tensors
+        wanted = _wanted(ctx.needs_input_grad[2:], ctx.layout, ctx.matrices_once)
+        gradients = tuple(one.contiguous() for one in gradients)
         by_weights, *others = _Gradients.apply(  # type: ignore[no-untyped-call]
-            ctx.layout, ctx.needs_input_grad[1:], weights, *inputs, *[one.contiguous() for one in gradients]
+            ctx.layout, wanted, ctx.matrices_once, weights, *inputs, *gradients
         )
-        return None, by_weights, *others
+        return None, None, by_weights, *others
 
 
 class _Gradients(torch.autograd.Function):
@@ -171,9 +182,14 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, layout: Layout, wanted: Sequence[bool], weights: Tensor | None, *inputs: Tensor
+        ctx: Any,
+        layout: Layout,
+        wanted: Sequence[bool],
+        matrices_once: bool,
+        weights: Tensor | None,
+        *inputs: Tensor,
     ) -> tuple[Tensor | None, ...]:
-        ctx.layout = layout
+        ctx.layout, ctx.matrices_once = layout, matrices_once
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(weights, *inputs)
         with _in_full_precision(inputs[0]):
@@ -218,7 +234,16 @@ class _Gradients(torch.autograd.Function):
             along_weights = torch.zeros_like(weights)
         arguments = (x, matrices, weights, gradients, along_x, along_matrices, along_weights)
         second = _second_by_parts if torch.is_grad_enabled() else _second
-        return None, None, *second(ctx.layout, ctx.needs_input_grad[2:], *arguments)
+        wanted = _wanted(ctx.needs_input_grad[3:], ctx.layout, ctx.matrices_once)
+        return None, None, None, *second(ctx.layout, wanted, *arguments)
+
+
+def _wanted(needed: Sequence[bool], layout: Layout, matrices_once: bool) -> list[bool]:
+    """Which inputs (weights, features, matrices, what follows) need a gradient in this pass."""
+    count = len(layout.channels)
+    matrices = range(1 + count, 1 + 2 * count)
+    dropped = matrices_once and not torch.is_grad_enabled()
+    return [need and not (dropped and place in matrices) for place, need in enumerate(needed)]
 
 
 def _second(
@@ -296,10 +321,10 @@ def _second_by_parts(
         left_out = range(turned, turned + (count if turned else 1))
         asked = [want and place not in left_out for place, want in enumerate(wanted[: 1 + 2 * count])]
         for place, one in enumerate(
-            _Gradients.apply(layout, asked, some_weights, *some_x, *some_matrices, *gradients)  # type: ignore[no-untyped-call]
+            _Gradients.apply(layout, asked, False, some_weights, *some_x, *some_matrices, *gradients)  # type: ignore[no-untyped-call]
         ):
             add(place, one)
-        outputs = _Product.apply(layout, some_weights, *some_x, *some_matrices)  # type: ignore[no-untyped-call]
+        outputs = _Product.apply(layout, False, some_weights, *some_x, *some_matrices)  # type: ignore[no-untyped-call]
         for place, one in enumerate(outputs):
             add(1 + 2 * count + place, one)
     return total

@@ -107,7 +107,7 @@ def test_loss_falls_on_real_data(
     md17_settings["model"] |= {"num_layers": 2, "sphere_channels": 16, "edge_channels": 16}
     md17_settings["optim"] |= {"batch_size": 8, "max_epochs": 2}
     output = fairchem("train", {"includes": [str(out / "data.yml")], **md17_settings})
-    losses = np.array([float(value) for value in re.findall(r"\bloss: (\S+), lr:", output)])
+    losses = np.array([float(value) for value in re.findall(r"\bloss: (\S+e\S+),.* lr:", output)])
     assert len(losses) == 2 * 119
     first, last = losses[:50].mean(), losses[-50:].mean()
     print(f"{molecule_name}: loss {first:.2f} in steps 1-50, {last:.2f} in the last 50 of {len(losses)}")
@@ -142,7 +142,7 @@ def test_shipped_yaml_on_real_data(
     output = fairchem("train", yml, *options, *smaller)
     assert "step: 2.00e+00" in output and "step: 3.00e+00" not in output
     assert ("DeNS is off" in output) is ("baseline" in name)
-    losses = re.findall(r"\bloss: (\S+), lr:", output)
+    losses = re.findall(r"\bloss: (\S+e\S+),.* lr:", output)
     assert len(losses) == 2 and np.isfinite([float(loss) for loss in losses]).all()
     assert "Predicting on test" not in output, (
         "a hundred thousand frames, each time the validation error falls"

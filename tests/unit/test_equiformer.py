@@ -17,7 +17,7 @@ from torch import Tensor
 from torch_geometric.data import Batch, Data
 
 from fairchem_dens.models import EquiformerDeNS
-from fairchem_dens.models.equiformer.activation import Gate, ScalarActivation, smooth_leaky_relu
+from fairchem_dens.models.equiformer.activation import Gate, ScalarActivation, silu, smooth_leaky_relu
 from fairchem_dens.models.equiformer.blocks import AtomEmbedding, EdgeDegreeEmbedding
 from fairchem_dens.models.equiformer.dropout import drop_path, dropout_channels
 from fairchem_dens.models.equiformer.features import Features, in_order
@@ -25,7 +25,7 @@ from fairchem_dens.models.equiformer.graph import Edges, Neighbors, edge_vectors
 from fairchem_dens.models.equiformer.harmonics import SphericalHarmonics
 from fairchem_dens.models.equiformer.linear import Linear
 from fairchem_dens.models.equiformer.norm import EquivariantLayerNorm
-from fairchem_dens.models.equiformer.radial import ExpNormalBasis, RadialProfile
+from fairchem_dens.models.equiformer.radial import ExpNormalBasis, RadialProfile, hidden_features
 from fairchem_dens.models.equiformer.tensor_product import DepthwiseTensorProduct
 from model_cases import EQUIFORMER, disturbed
 from outputs import assert_equal, assert_learns, predict
@@ -243,6 +243,55 @@ class TestParts:
         for found, one in zip(norm(x), expected, strict=True):
             torch.testing.assert_close(found, one)
 
+    @pytest.mark.parametrize("irreps", ["5x0e", "4x1e"])
+    def test_derivatives_of_the_norm(self, irreps):
+        """First and second ones, and third ones against those that torch takes step by step."""
+        irreps = o3.Irreps(irreps)
+        norm = EquivariantLayerNorm(irreps, eps=0.1).double()
+        torch.manual_seed(0)
+        for parameter in norm.parameters():
+            torch.nn.init.normal_(parameter)
+        x = torch.randn(3, irreps[0].ir.dim, irreps[0].mul, dtype=torch.float64, requires_grad=True)
+
+        def ours(x: Tensor) -> Tensor:
+            return norm([x])[0]
+
+        def plain(x: Tensor) -> Tensor:
+            is_scalar = irreps[0].ir == o3.Irrep("0e")
+            one = x - x.mean(dim=-1, keepdim=True) if is_scalar else x
+            one = one * (one.square().mean(dim=(1, 2), keepdim=True) + 0.1).rsqrt() * norm.affine_weight
+            return one + norm.affine_bias if is_scalar else one
+
+        assert torch.autograd.gradcheck(ours, x, fast_mode=True)
+        assert torch.autograd.gradgradcheck(ours, x, fast_mode=True)
+
+        def third(function) -> Tensor:
+            total = function(x).sin().sum()
+            for _ in range(2):
+                (gradient,) = torch.autograd.grad(total, x, create_graph=True)
+                total = gradient.sin().sum()
+            return torch.autograd.grad(total, x)[0]
+
+        assert_close(third(ours), third(plain))
+
+    def test_derivatives_of_the_gate(self):
+        gate = Gate(o3.Irreps("3x0e+2x1e"))
+        torch.manual_seed(0)
+        shapes = [(2, ir.dim, mul) for mul, ir in gate.irreps_in]
+        x = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+        assert torch.autograd.gradcheck(lambda *x: tuple(gate(x)), x, fast_mode=True)
+        assert torch.autograd.gradgradcheck(lambda *x: tuple(gate(x)), x, fast_mode=True)
+        # The third one, of SiLU: as torch takes it.
+        one = torch.randn(2, 1, 5, dtype=torch.float64, requires_grad=True)
+        found = []
+        for function in (lambda one: gate([one, x[1]])[0], lambda one: silu(one[..., :3])):
+            total = function(one).sin().sum()
+            for _ in range(3):
+                (gradient,) = torch.autograd.grad(total, one, create_graph=True)
+                total = gradient.sin().sum()
+            found.append(gradient)
+        assert_close(*found)
+
     def test_radial_basis(self):
         basis = ExpNormalBasis(4.0, 6)
         distances = torch.tensor([0.5, 1.7, 3.99999, 4.0, 7.0], dtype=torch.float64)
@@ -263,6 +312,27 @@ class TestParts:
         some.load_state_dict(every.state_dict())
         x = torch.randn(8, 4)
         torch.testing.assert_close(some(x), every(x)[:, [3, 0]])
+
+    def test_hidden_layers_of_all_radial_profiles_at_once(self):
+        """Values and gradients, to rounding, as one network after the other has them."""
+        torch.manual_seed(0)
+        profiles = [RadialProfile([4, 6, 5, size], torch.arange(size)).double() for size in (3, 7)]
+        for profile in profiles:
+            for parameter in profile.parameters():
+                torch.nn.init.normal_(parameter)
+        basis = torch.randn(8, 4, dtype=torch.float64, requires_grad=True)
+        inputs = [basis, *(one for profile in profiles for one in profile.parameters())]
+        together = [
+            profile.from_hidden(hidden)
+            for profile, hidden in zip(profiles, hidden_features(profiles, basis), strict=True)
+        ]
+        found = []
+        for outputs in (together, [profile(basis) for profile in profiles]):
+            (slope,) = torch.autograd.grad(sum(one.sin().sum() for one in outputs), basis, create_graph=True)
+            by_all = torch.autograd.grad(slope.square().sum(), inputs, allow_unused=True)
+            found.append([*outputs, slope, *(one for one in by_all if one is not None)])
+        for one, other in zip(*found, strict=True):
+            assert_close(one, other)
 
     def test_irreps_are_ordered_as_in_the_papers_code(self):
         assert in_order(o3.Irreps("1x1o+2x0e+3x1e+4x0o+5x0e")) == o3.Irreps("7x0e+4x0o+3x1e+1x1o")

@@ -80,6 +80,26 @@ class TestTrilinear:
         for found, expected in zip(third(trilinear), third(trilinear_plain), strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
+    def test_matrices_once(self, weighted):
+        """As in training: a recorded pass for the matrices, then one for all else."""
+
+        def gradients(once: bool) -> tuple[Tensor, ...]:
+            values = inputs(weighted)
+            weights = values[6] if weighted else None
+            outputs = trilinear(values[:3], values[3:6], weights, LAYOUT, once)
+            slopes = torch.autograd.grad(
+                sum(one.sin().sum() for one in outputs), values[3:6], create_graph=True
+            )
+            others = [*values[:3], *values[6:]]
+            total = sum(one.square().sum() for one in [*slopes, *outputs])
+            by_others = torch.autograd.grad(total, others, retain_graph=True)
+            (dropped,) = torch.autograd.grad(total, values[3], allow_unused=True)
+            assert (dropped is None or not dropped.any()) == once
+            return *slopes, *by_others
+
+        for found, expected in zip(gradients(True), gradients(False), strict=True):
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
     def test_only_some_inputs_are_differentiated(self, weighted):
         """As with frozen weights, or where positions alone matter."""
         for chosen in range(len(inputs(weighted))):

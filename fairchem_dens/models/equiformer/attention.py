@@ -34,7 +34,7 @@ class GatedConvolution(nn.Module):
 
     def convolve(self, x: Features, edges: Edges) -> Features:
         """Return the weighted tensor product, irreps ``dtp.irreps_out``."""
-        return self.dtp(x, edges.couplings(self.dtp), self.dtp_rad(edges.basis))
+        return edges.coupled(self.dtp, x, edges.weights(self.dtp_rad))
 
     def activate(self, x: Features) -> Features:
         """Mix the channels and apply the gate."""
@@ -54,7 +54,7 @@ class ValueConvolution(nn.Module):
         # The same for all edges, so the linear layer takes them over.
         weights = self.dtp.tp["weight"].index_select(0, self.dtp.weight_order)
         scales = weights.split([mul for mul, _ in self.dtp.irreps_out])
-        return self.lin(self.dtp(x, edges.couplings(self.dtp), None), scales)
+        return self.lin(edges.coupled(self.dtp, x, None), scales)
 
 
 class _LearnedProduct(DepthwiseTensorProduct):

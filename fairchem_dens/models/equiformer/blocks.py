@@ -73,7 +73,7 @@ class EdgeDegreeEmbedding(nn.Module):
     def forward(self, edges: Edges) -> Features:
         """Return features of ``irreps``, (N, 2l + 1, C)."""
         scalars = self.exp.tp["weight"] + self.exp.bias[0]
-        weights = self.rad(edges.basis).unflatten(-1, (-1, self.num_scalars)) * scalars
+        weights = edges.weights(self.rad).unflatten(-1, (-1, self.num_scalars)) * scalars
         harmonics = edges.harmonics.split([ir.dim for _, ir in self.irreps_edge], dim=1)
         place_of = {path.ir: place for place, path in enumerate(self.from_scalars)}
         matrices = self.proj.matrices()

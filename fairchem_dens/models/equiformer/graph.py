@@ -6,12 +6,15 @@ size give tables of one shape, sums over neighbours are sums over a dimension, a
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fairchem_dens.models.equiformer.features import Features
+from fairchem_dens.models.equiformer.radial import RadialProfile
 from fairchem_dens.models.equiformer.tensor_product import Couplings, DepthwiseTensorProduct, Path
 from fairchem_dens.ops.gather import gather
 
@@ -81,6 +84,8 @@ class Edges:
         mask: (N, K) bool, whether it is within the cutoff.
         harmonics: (E, D).
         basis: (E, number), the distance in the radial basis.
+        learns: the forces are differentiated again, by parameters only.
+        hidden: for networks of the distance, what `hidden_features` made of the basis.
     """
 
     index: Tensor
@@ -88,6 +93,8 @@ class Edges:
     mask: Tensor
     harmonics: Tensor
     basis: Tensor
+    learns: bool = False
+    hidden: Mapping[RadialProfile, Tensor] = field(default_factory=dict)
     _couplings: dict[tuple[Path, ...], Couplings] = field(default_factory=dict)
 
     def couplings(self, product: DepthwiseTensorProduct) -> Couplings:
@@ -95,6 +102,21 @@ class Edges:
         if product.paths not in self._couplings:
             self._couplings[product.paths] = product.couplings(self.harmonics)
         return self._couplings[product.paths]
+
+    def coupled(self, product: DepthwiseTensorProduct, x: Features, weights: Tensor | None) -> Features:
+        """Take the tensor product of features of the edges with their harmonics."""
+        return product(x, self.couplings(product), weights, self.learns)
+
+    def weights(self, profile: RadialProfile) -> Tensor:
+        """Return what a network makes of the distances, (E, W)."""
+        if profile in self.hidden:
+            return profile.from_hidden(self.hidden[profile])
+        return profile(self.basis)
+
+    def constant(self) -> Edges:
+        """Return the same, but with directions that gradients do not go back to."""
+        couplings = {paths: [one.detach() for one in some] for paths, some in self._couplings.items()}
+        return replace(self, harmonics=self.harmonics.detach(), _couplings=couplings)
 
     def of_neighbors(self, values: Tensor) -> Tensor:
         """Read (N, ...) at the neighbours of each atom: (N, K, ...)."""

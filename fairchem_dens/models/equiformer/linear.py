@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from e3nn import o3
 from torch import Tensor, nn
 
@@ -66,6 +67,6 @@ class Linear(nn.Module):
             if place not in matrices:
                 out.append(x[0].new_zeros(len(x[0]), ir.dim, mul))
                 continue
-            mapped = x[sources[place]] @ matrices[place]
-            out.append(mapped + self.bias[0] if ir == SCALAR and len(self.bias) else mapped)
+            bias = self.bias[0] if ir == SCALAR and len(self.bias) else None
+            out.append(F.linear(x[sources[place]], matrices[place].mT, bias))
         return out

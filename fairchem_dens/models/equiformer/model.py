@@ -33,7 +33,7 @@ from fairchem_dens.models.equiformer.graph import (
 from fairchem_dens.models.equiformer.harmonics import SphericalHarmonics
 from fairchem_dens.models.equiformer.linear import Linear
 from fairchem_dens.models.equiformer.norm import EquivariantLayerNorm
-from fairchem_dens.models.equiformer.radial import ExpNormalBasis
+from fairchem_dens.models.equiformer.radial import ExpNormalBasis, RadialProfile, hidden_features
 from fairchem_dens.models.equiformer.state import WithoutGeneratedBuffers
 from fairchem_dens.models.inputs import prepared
 from fairchem_dens.models.weight_decay import no_weight_decay
@@ -246,33 +246,43 @@ class EquiformerDeNS(WithoutGeneratedBuffers):
         neighbors = find_neighbors(
             data[keys.POS], data[keys.NATOMS], data[keys.BATCH], self.max_radius, largest
         )
+        learns = keeps_graph and self.training and self.regress_forces
         with torch.set_grad_enabled(keeps_graph or self.regress_forces):
             pos = data[keys.POS].detach().requires_grad_(self.regress_forces)
-            x, edges = self._features(pos, neighbors, data)
+            x, edges = self._features(pos, neighbors, data, learns)
             energy = self._energy(x, data)
             outputs = {keys.ENERGY: energy}
             if self.regress_forces:
                 (gradient,) = torch.autograd.grad(
-                    energy.sum(), pos, create_graph=keeps_graph and self.training, retain_graph=keeps_graph
+                    energy.sum(), pos, create_graph=learns, retain_graph=keeps_graph
                 )
                 outputs[keys.FORCES] = -gradient
-        if self.predict_noise and (self.training or keys.CONDITION_FORCES in data):
-            outputs[keys.NOISE] = self.denoising_pos_head(x, edges)[0][..., 0]
+        if self._predicts_noise(data):
+            # Nobody asks how the noise changes with the positions.
+            outputs[keys.NOISE] = self.denoising_pos_head(x, edges.constant())[0][..., 0]
         return outputs if keeps_graph else {name: value.detach() for name, value in outputs.items()}
 
-    def _features(self, pos: Tensor, neighbors: Neighbors, data: Any) -> tuple[Features, Edges]:
-        """Return the final features of the nodes, and the edges."""
+    def _predicts_noise(self, data: Any) -> bool:
+        return self.predict_noise and (self.training or keys.CONDITION_FORCES in data)
+
+    def _radial_profiles(self, data: Any) -> list[RadialProfile]:
+        """All networks of the distance that this batch needs."""
+        profiles = [self.edge_deg_embed.rad, *(block.ga.sep_act.dtp_rad for block in self.blocks)]
+        if self._predicts_noise(data):
+            profiles.append(self.denoising_pos_head.sep_act.dtp_rad)
+        return profiles
+
+    def _features(self, pos: Tensor, neighbors: Neighbors, data: Any, learns: bool) -> tuple[Features, Edges]:
+        """Return the final features of the nodes, and the edges; ``learns`` as in `Edges`."""
         dtype = self.edge_deg_embed.exp.tp["weight"].dtype
         # Mixed precision would round distances to a hundredth of an Å.
         with torch.autocast(pos.device.type, enabled=False):
             vectors, mask = edge_vectors(pos, neighbors, self.max_radius)
-            edges = Edges(
-                neighbors.index,
-                neighbors.reverse,
-                mask,
-                self.spherical_harmonics(vectors).to(dtype),
-                self.rbf(torch.linalg.vector_norm(vectors, dim=-1)).to(dtype),
-            )
+            harmonics = self.spherical_harmonics(vectors).to(dtype)
+            basis = self.rbf(torch.linalg.vector_norm(vectors, dim=-1)).to(dtype)
+        profiles = self._radial_profiles(data)
+        hidden = dict(zip(profiles, hidden_features(profiles, basis), strict=True))
+        edges = Edges(neighbors.index, neighbors.reverse, mask, harmonics, basis, learns, hidden)
         scalars, *others = self.edge_deg_embed(edges)
         x = [self.atom_embed(data[keys.ATOMIC_NUMBERS]) + scalars, *others]
         if self.force_embed is not None:

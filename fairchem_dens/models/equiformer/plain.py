@@ -44,6 +44,7 @@ class PlainEquiformer(nn.Module):
         self.model = model
         # Products of e3nn by what they belong to; outside the tree of modules, whose names are the model's.
         self._products: dict[int, o3.TensorProduct] = {}
+        self._columns: dict[int, Tensor] = {}
         first: Any = model.blocks[0]
         self._nodes = first.norm_1.irreps
         self._edge = model.edge_deg_embed.irreps_edge
@@ -104,6 +105,12 @@ class PlainEquiformer(nn.Module):
         gates = o3.Irreps([(rest.num_irreps, SCALAR)]) if len(rest) else o3.Irreps("")
         theirs = e3nn_nn.Gate(irreps[:1], [F.silu], gates, [torch.sigmoid] * len(gates), rest)
         self._keep(gate, theirs)
+        # e3nn's gate sorts what it reads by its own order, in which 0o comes before 0e, and 1o before 1e.
+        places = dict(zip((ir for _, ir in gate.irreps_in), gate.irreps_in.slices(), strict=True))
+        columns = torch.arange(gate.irreps_in.dim, device=next(self.model.parameters()).device)
+        order = torch.cat([columns[places[ir]] for _, ir in theirs.irreps_in])
+        if not torch.equal(order, columns):
+            self._columns[id(gate)] = order
 
     def _block(self, block: Any) -> None:
         irreps_in = block.norm_1.irreps
@@ -185,6 +192,10 @@ class PlainEquiformer(nn.Module):
         bias = linear.bias[0]
         return torch.cat([out[:, : len(bias)] + bias, out[:, len(bias) :]], dim=1)
 
+    def _gated(self, gate: Any, x: Tensor) -> Tensor:
+        columns = self._columns.get(id(gate))
+        return self._products[id(gate)](x if columns is None else x[:, columns])
+
     def _weights(self, profile: RadialProfile, basis: Tensor) -> Tensor:
         return profile.net(basis) + profile.offset
 
@@ -218,7 +229,7 @@ class PlainEquiformer(nn.Module):
         return (x if block.ffn_shortcut is None else self._mapped(block.ffn_shortcut, x)) + branch
 
     def _fed_forward(self, ffn: FeedForward, x: Tensor) -> Tensor:
-        return self._mapped(ffn.fctp_2, self._products[id(ffn.gate)](self._mapped(ffn.fctp_1, x)))
+        return self._mapped(ffn.fctp_2, self._gated(ffn.gate, self._mapped(ffn.fctp_1, x)))
 
     def _attended(self, attention: GraphAttention, x: Tensor, edges: tuple[Tensor, ...]) -> Tensor:
         source, target, harmonics, basis = edges
@@ -226,7 +237,7 @@ class PlainEquiformer(nn.Module):
         act, value, heads = attention.sep_act, attention.sep_value, attention.num_heads
         message = self._products[id(act.dtp)](message, harmonics, self._weights(act.dtp_rad, basis))
         scalars = self._mapped(attention.sep_alpha, message).view(-1, heads, attention.alpha_dot.shape[-1])
-        message = self._products[id(act.gate)](self._mapped(act.lin, message))
+        message = self._gated(act.gate, self._mapped(act.lin, message))
         weights = value.dtp.tp["weight"].expand(len(message), -1)
         message = self._mapped(value.lin, self._products[id(value.dtp)](message, harmonics, weights))
         logits = (smooth_leaky_relu(scalars) * attention.alpha_dot).sum(dim=-1)

@@ -66,6 +66,36 @@ class RadialProfile(nn.Module):
 
     def forward(self, basis: Tensor) -> Tensor:
         """Map (E, number) to (E, W)."""
+        return self.from_hidden(self.net[:-1](basis))
+
+    def from_hidden(self, hidden: Tensor) -> Tensor:
+        """Apply the last layer to what `hidden_features` returns for this network, (E, C) to (E, W)."""
         last: Any = self.net[-1]
         weight, offset = (one.index_select(0, self.order) for one in (last.weight, self.offset))
-        return F.linear(self.net[:-1](basis), weight, offset)
+        return F.linear(hidden, weight, offset)
+
+
+def hidden_features(profiles: Sequence[RadialProfile], basis: Tensor) -> list[Tensor]:
+    """Compute all but the last layers of networks of equal hidden sizes, all of them at once.
+
+    Each layer is a batched product, one for the networks of all blocks: they differ in weights alone, and a
+    layer of a single one is too small to keep a GPU busy.
+
+    Args:
+        profiles: at least one.
+        basis: (E, number), which all of them read.
+
+    Returns:
+        For each network (E, C).
+    """
+    nets: list[Any] = [profile.net[:-1] for profile in profiles]
+    x = basis.expand(len(nets), -1, -1)
+    for linears, norms, activations in zip(*[iter(zip(*nets, strict=True))] * 3, strict=True):
+        weight, bias = (torch.stack([getattr(one, name) for one in linears]) for name in ("weight", "bias"))
+        x = torch.baddbmm(bias[:, None], x, weight.mT)
+        scale, shift = (
+            torch.stack([getattr(one, name) for one in norms])[:, None] for name in ("weight", "bias")
+        )
+        x = F.layer_norm(x, x.shape[-1:], eps=norms[0].eps) * scale + shift
+        x = activations[0](x)
+    return list(x.unbind())

@@ -98,18 +98,21 @@ class DepthwiseTensorProduct(nn.Module):
         # Each a block of its own: cut out of one row, every product would read it in steps.
         return [part.reshape(-1, *shape).contiguous() for part, shape in zip(parts, shapes, strict=True)]
 
-    def forward(self, x: Features, couplings: Couplings, weights: Tensor | None) -> Features:
+    def forward(
+        self, x: Features, couplings: Couplings, weights: Tensor | None, couplings_once: bool = False
+    ) -> Features:
         """Couple the features of E edges.
 
         Args:
             x: of ``irreps_in``.
             couplings: of `couplings`.
             weights: (E, W), sorted by ``weight_order``; None for ones.
+            couplings_once: ``matrices_once`` of `trilinear`.
 
         Returns:
             Features of ``irreps_out``.
         """
-        return trilinear(x, couplings, weights, self.layout)
+        return trilinear(x, couplings, weights, self.layout, couplings_once)
 
 
 def _coefficients(ir_in: o3.Irrep, irreps_edge: o3.Irreps, path: Path) -> Tensor:
