@@ -46,13 +46,8 @@ def number(
     upper = f" to {maximum:g}" if math.isfinite(maximum) else ""
 
     def check(value: Any, where: str) -> None:
-        found = require_number(value, where)
-        if (
-            not math.isfinite(found)
-            or not minimum <= found <= maximum
-            or (above and found == minimum)
-            or (whole and not isinstance(value, int))
-        ):
+        found = math.nan if whole and type(value) is not int else require_number(value, where)
+        if not math.isfinite(found) or not minimum <= found <= maximum or (above and found == minimum):
             raise ValueError(f"'{where}' must be {kind}{lower}{upper}, found {value!r}.")
 
     return check

@@ -269,7 +269,7 @@ def test_means_what_it_meant(
         settings["coefficient"] for entry in written["loss_functions"] for settings in entry.values()
     ]
     assert [settings["coefficient"] for _, settings in trainer.loss_functions] == coefficients
-    assert trainer.clip_grad_norm == written["optim"]["clip_grad_norm"]
+    assert trainer._max_norm == written["optim"]["clip_grad_norm"]
     group = trainer.optimizer.param_groups[0]
     assert group["amsgrad"] is ("eSCN" in name)
     assert "Nobody reads" not in caplog.text

@@ -36,7 +36,7 @@ def convert(folder: Path, *arguments: object) -> dict[str, Any]:
 
 def losses(output: str) -> np.ndarray:
     """The logged loss of each training step; evaluations log no learning rate."""
-    return np.array([float(loss) for loss in re.findall(r"\bloss: (\S+), lr: ", output)])
+    return np.array([float(loss) for loss in re.findall(r"\bloss: (\S+?),.* lr: ", output)])
 
 
 @pytest.fixture
