@@ -57,11 +57,12 @@ def training_seconds(folder: str | Path) -> float:
     for _, scalars in _event_files(folder):
         events = scalars.get("train/loss", [])
         for before, after in itertools.pairwise(events):
-            if after.step == before.step + 1:
-                durations[after.step] = after.wall_time - before.wall_time
+            # The logger hears of the steps that are printed; those between share the time.
+            steps = range(before.step + 1, after.step + 1)
+            durations |= dict.fromkeys(steps, (after.wall_time - before.wall_time) / max(len(steps), 1))
     if not durations:
         return math.nan
-    # The first step of a process has nothing before it to be counted from.
+    # The first steps of a process have nothing before them to be counted from.
     missing = max(durations) - len(durations)
     return sum(durations.values()) + missing * median(durations.values())
 
