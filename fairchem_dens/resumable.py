@@ -105,9 +105,14 @@ class ResumableTrainer(EquiformerV2ForcesTrainer):
 
         Raises:
             FileNotFoundError: the checkpoint to fine-tune from does not exist.
-            ValueError: it does not fit; or a checkpoint was loaded that holds no run to resume.
+            ValueError: it does not fit; a checkpoint was loaded that holds no run to resume; or there are no data
+                to train on.
             CheckpointNotWritten: there is no room for a checkpoint, or another reason not to write one.
         """
+        if self.train_loader is None:
+            raise ValueError(
+                "'dataset.train.src' is missing, so there is nothing to train on: name the folder of LMDBs."
+            )
         if distutils.is_master() and not self.is_debug:
             checkpoints.remove_unfinished(self.config["cmd"]["checkpoint_dir"])
         self._start()

@@ -51,7 +51,8 @@ def read_curves(folder: str | Path) -> dict[str, Curve]:
 def training_seconds(folder: str | Path) -> float:
     """Wall time of a training in seconds, its evaluations included and the start-up of the process not.
 
-    Each step counts once, however often the run was cut off and resumed.
+    Each step counts once, however often the run was cut off and resumed. NaN where no process has printed
+    two steps.
     """
     durations: dict[int, float] = {}
     for _, scalars in _event_files(folder):
