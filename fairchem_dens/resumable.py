@@ -43,6 +43,7 @@ class ResumableTrainer(EquiformerV2ForcesTrainer):
     ema: Any
     logger: Any
     evaluator: Any
+    best_val_metric: Any
     clip_grad_norm: float | None
     output_targets: dict[str, dict[str, Any]]
 
@@ -105,8 +106,8 @@ class ResumableTrainer(EquiformerV2ForcesTrainer):
 
         Raises:
             FileNotFoundError: the checkpoint to fine-tune from does not exist.
-            ValueError: it does not fit; a checkpoint was loaded that holds no run to resume; or there are no data
-                to train on.
+            ValueError: it does not fit; a checkpoint was loaded that holds no run to resume; or there are no
+                data to train on.
             CheckpointNotWritten: there is no room for a checkpoint, or another reason not to write one.
         """
         if self.train_loader is None:
