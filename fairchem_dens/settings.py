@@ -146,18 +146,22 @@ def _check_logger(logger: Any) -> None:
 
 # ------------------------------------------------------------------ optim
 
+_MOST = 100_000
+_MOST_LAYERS, _MOST_WORKERS = 1000, 1000
+"""What is larger is a slip: building it would never end, or take the machine with it."""
+
 _OPTIM: Mapping[str, Rule] = {
-    "batch_size": number(1, whole=True),
-    "eval_batch_size": number(1, whole=True),
-    "num_workers": number(0, whole=True),
-    "local_num_workers": number(0, whole=True),
+    "batch_size": number(1, _MOST, whole=True),
+    "eval_batch_size": number(1, _MOST, whole=True),
+    "num_workers": number(0, _MOST_WORKERS, whole=True),
+    "local_num_workers": number(0, _MOST_WORKERS, whole=True),
     "load_balancing": or_null(one_of("atoms", False)),
     "load_balancing_on_error": or_null(one_of("warn_and_balance", "warn_and_no_balance", "raise")),
     "lr_initial": number(0),
     "optimizer_params": mapping,
     "weight_decay": number(0),
     "scheduler_params": mapping,
-    "max_epochs": number(1, whole=True),
+    "max_epochs": number(1, 1_000_000, whole=True),
     "clip_grad_norm": or_null(number(0)),
     "ema_decay": or_null(number(0, 1)),
     "eval_every": number(1, whole=True),
@@ -461,7 +465,7 @@ def check_model_arguments(model: type, settings: Mapping[str, Any]) -> None:
             said = " or ".join(_said(kind) for kind in kinds)
             raise ValueError(f"'model.{name}' must be {said}, found {value!r}.")
         if isinstance(value, int) and not isinstance(value, bool) and int in kinds:
-            number(1, whole=True)(value, f"model.{name}")
+            number(1, _MOST_LAYERS if name == "num_layers" else _MOST, whole=True)(value, f"model.{name}")
         elif name.endswith(("_drop", "_rate")):
             number(0, 1)(value, f"model.{name}")
         elif name == "max_radius":
