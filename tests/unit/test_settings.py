@@ -64,9 +64,10 @@ def test_good_settings_pass(given: dict[str, Any]) -> None:
 
 
 BAD = [
-    ("optimizer.batch_size", 0, "'optim.batch_size' must be a whole number from 1, found 0"),
-    ("optimizer.batch_size", 2.5, "'optim.batch_size' must be a whole number from 1, found 2.5"),
-    ("optimizer.num_workers", -1, "'optim.num_workers' must be a whole number from 0, found -1"),
+    ("optimizer.batch_size", 0, "'optim.batch_size' must be a whole number from 1 to 100000, found 0"),
+    ("optimizer.batch_size", 10**12, "must be a whole number from 1 to 100000, found 1000000000000"),
+    ("optimizer.batch_size", 2.5, "'optim.batch_size' must be a whole number from 1 to 100000, found 2.5"),
+    ("optimizer.num_workers", -1, "'optim.num_workers' must be a whole number from 0 to 1000, found -1"),
     ("optimizer.lr_initial", "1e-3", "'optim.lr_initial' must be a number, found '1e-3'. YAML reads '1e-1'"),
     ("optimizer.lr_initial", math.nan, "'optim.lr_initial' must be a number from 0, found nan"),
     ("optimizer.eval_every", 0, "'optim.eval_every' must be a whole number from 1, found 0"),
@@ -206,7 +207,11 @@ def test_what_a_checkpoint_says_of_its_training_does_not_matter_for_inference(gi
     ("settings", "message"),
     [
         ({"num_layers": "two"}, "'model.num_layers' must be a whole number, found 'two'"),
-        ({"num_layers": 0}, "'model.num_layers' must be a whole number from 1, found 0"),
+        ({"num_layers": 0}, "'model.num_layers' must be a whole number from 1 to 1000, found 0"),
+        (
+            {"num_layers": 10**12},
+            "'model.num_layers' must be a whole number from 1 to 1000, found 1000000000000",
+        ),
         ({"use_pbc": 1}, "'model.use_pbc' must be True or False, found 1"),
         ({"lmax_list": 4}, "'model.lmax_list' must be a list of numbers or null, found 4"),
         ({"lmax_list": [2.5]}, "'model.lmax_list' must be a list of numbers or null, found [2.5]"),
