@@ -12,7 +12,7 @@ Source: arXiv 2302.03655, section 3.2; arXiv 2306.12059, section 4.1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,10 +24,7 @@ from torch.autograd.function import once_differentiable
 from fairchem_dens.ops.chunks import portions
 from fairchem_dens.ops.layout import Edges, Rows
 from fairchem_dens.ops.precision import product_dtype
-from fairchem_dens.ops.rotate import rotate_backward, rotate_forward
-
-Rotation = tuple[Callable[..., Tensor], Callable[..., Tensor]]
-"""A pair like `rotate_forward` and `rotate_backward`."""
+from fairchem_dens.ops.rotate import Rotation, rotate_backward, rotate_forward
 
 
 def real_weight(weight: Tensor) -> Tensor:

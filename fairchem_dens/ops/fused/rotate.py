@@ -8,14 +8,12 @@ edges that leave and those that enter it. So each gradient is read once, sums ha
 programs write to the same place.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from fairchem_dens.ops import rotate as plain
 from fairchem_dens.ops.fused.indices import edges_into, packed_row, radial_row_of, row_of
 from fairchem_dens.ops.fused.launching import blocks, launch, power_of_two
 from fairchem_dens.ops.layout import Edges, Rows
@@ -197,22 +195,6 @@ def rotate_backward(
     return grad_scale
 
 
-class _Rotate(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, edges: Edges, wigner: Tensor, scale: Tensor, rows: Rows) -> Tensor:
-        ctx.save_for_backward(x, wigner, scale)
-        ctx.edges, ctx.rows = edges, rows
-        return rotate_forward(x, edges.source, edges.target, wigner, scale, rows)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, wigner, scale = ctx.saved_tensors
-        grad_x = torch.zeros_like(x, memory_format=torch.contiguous_format)
-        grad_scale = rotate_backward(grad, x, ctx.edges, wigner, scale, ctx.rows, grad_x)
-        return grad_x, None, None, grad_scale, None
-
-
 def rotate(x: Tensor, edges: Edges, wigner: Tensor, scale: Tensor, rows: Rows) -> Tensor:
     """Do what `rotate_forward` does, with gradients for ``x`` and ``scale``."""
-    return _Rotate.apply(x, edges, wigner, scale, rows)
+    return plain.rotate(x, edges, wigner, scale, rows, rotation=(rotate_forward, rotate_backward))
