@@ -12,8 +12,6 @@ allocations: about the number of kernels on a GPU.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
 import sys
 import time
@@ -29,6 +27,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch_geometric.data import Batch, Data
 from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from result_file import describe, write
 
 from fairchem_dens import keys, objective
 from fairchem_dens.corruption import Corruption, corrupt
@@ -252,11 +253,9 @@ def main() -> int:
     for row in rows:
         print("  ".join(f"{key} {value}" for key, value in row.items()))
     if args.out:
-        on_gpu = args.device.startswith("cuda")
         result = {
             "benchmark": "equiformer",
-            "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads",
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            **describe(args.device),
             "settings": {
                 key: str(value) if isinstance(value, Path) else value
                 for key, value in vars(args).items()
@@ -265,8 +264,7 @@ def main() -> int:
             | {"data": "rMD17" if args.npz else "random molecules"},
             "rows": rows,
         }
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=2) + "\n")
+        write(args.out, result)
     return 0
 
 

@@ -17,8 +17,6 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
-import json
-import platform
 import statistics
 import sys
 import time
@@ -35,6 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+from result_file import describe, write
 from training_step import CONFIG, PRECISIONS, loss_of, make_batch
 
 from fairchem_dens.corruption import Corruption, corrupt
@@ -248,19 +247,6 @@ def table(rows: list[dict[str, Any]]) -> str:
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def describe(device: str) -> dict[str, Any]:
-    """Machine and versions."""
-    on_gpu = device.startswith("cuda")
-    name = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
-    return {"device": name, "versions": {"python": platform.python_version(), "torch": torch.__version__}}
-
-
-def write(out: Path, result: dict[str, Any]) -> None:
-    """Write a result as JSON."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=2) + "\n")
 
 
 def main() -> int:

@@ -18,7 +18,8 @@ import torch
 from fairchem.core.common.utils import load_config
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from equiformer_v2 import STOCK, Variant, describe, write
+from equiformer_v2 import STOCK, Variant
+from result_file import describe, write
 from training_step import CONFIG, PRECISIONS, make_batch
 
 from fairchem_dens.corruption import Corruption, corrupt

@@ -11,8 +11,6 @@ repeated with half the step.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import sys
 import time
 from pathlib import Path
@@ -26,6 +24,9 @@ from ase.md.velocitydistribution import MaxwellBoltzmannDistribution, Stationary
 from ase.md.verlet import VelocityVerlet
 from ase.optimize import FIRE
 from torch_geometric.data import Batch, Data
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from result_file import describe, write
 
 from fairchem_dens import keys
 from fairchem_dens.models import EquiformerDeNS
@@ -161,13 +162,11 @@ def main() -> int:
         settings = {key: value for key, value in vars(args).items() if key not in ("npz", "out")}
         result = {
             "benchmark": "md_energy",
-            "device": f"CPU, {torch.get_num_threads()} threads",
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            **describe("cpu"),
             "settings": settings | {"molecule": args.npz.stem},
             "rows": [row],
         }
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=2) + "\n")
+        write(args.out, result)
     return 0
 
 

@@ -21,7 +21,7 @@ from torch_geometric.data import Batch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from equiformer_v2 import describe, write
+from result_file import describe, write
 from training_step import loss_of
 
 from fairchem_dens.corruption import Corruption, corrupt

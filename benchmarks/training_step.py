@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import platform
 import statistics
 import sys
 import time
@@ -30,6 +28,9 @@ from fairchem.core.common.registry import registry
 from fairchem.core.common.utils import load_config, setup_imports
 from torch_geometric.data import Batch
 from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from result_file import describe, write
 
 from fairchem_dens import keys, objective
 from fairchem_dens.corruption import Corruption, corrupt
@@ -217,16 +218,13 @@ def main() -> int:
     for row in rows:
         print("  ".join(f"{key} {value}" for key, value in row.items()))
     if args.out:
-        on_gpu = args.device.startswith("cuda")
         result = {
             "benchmark": "training_step",
-            "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads",
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            **describe(args.device),
             "settings": {key: value for key, value in vars(args).items() if key != "out"},
             "rows": rows,
         }
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=2) + "\n")
+        write(args.out, result)
     return 0
 
 
