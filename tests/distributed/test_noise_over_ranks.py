@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +12,7 @@ import torch
 
 from fairchem_dens import keys
 from fairchem_dens.corruption import Corruption, batch_is_corrupted
+from two_ranks import run_two_ranks
 
 RANK = '''
 """One rank: trains as the settings say and writes what the model was given in each step."""
@@ -80,27 +76,7 @@ def two_ranks(run_settings: dict[str, Any], folder: Path) -> dict[str, list[dict
     """What both ranks saw, by `switch`; the processes run once for this file."""
     if not (folder / "finished").exists():
         runs = {switch: settings_of(run_settings, switch) for switch in SWITCHES}
-        (folder / "settings.json").write_text(json.dumps(runs))
-        (folder / "rank.py").write_text(RANK)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        common = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-        command = [sys.executable, "rank.py", "settings.json", str(folder)]
-        processes = [
-            subprocess.Popen(
-                command, cwd=folder, env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            )
-            for rank in range(2)
-        ]  # fmt: skip
-        try:
-            said = [process.communicate(timeout=300)[0] for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-        for process, output in zip(processes, said, strict=True):
-            assert process.returncode == 0, output[-5000:]
+        run_two_ranks(folder, RANK, runs, timeout=300)
         (folder / "finished").touch()
     return {
         switch: [torch.load(folder / f"{switch}.{rank}.pt", weights_only=True) for rank in range(2)]

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from two_ranks import run_two_ranks
 
 RANK = '''
 """One rank: trains as the settings say, sick in some steps on rank 1, and writes what it had printed."""
@@ -76,34 +73,7 @@ def settings_of(run_settings: dict[str, Any]) -> dict[str, Any]:
 @pytest.fixture
 def two_ranks(run_settings: dict[str, Any], tmp_path: Path) -> tuple[list[dict[str, Any]], str]:
     """What both ranks had in the end, and what rank 0 said."""
-    (tmp_path / "settings.json").write_text(json.dumps(settings_of(run_settings)))
-    (tmp_path / "rank.py").write_text(RANK)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    support = str(Path(__file__).parents[1] / "support")
-    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), support]))
-    common = os.environ | {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": "2",
-        "PYTHONPATH": path,
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "rank.py", "settings.json", str(tmp_path)],
-            cwd=tmp_path, env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    try:
-        said = [process.communicate(timeout=600)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, output in zip(processes, said, strict=True):
-        assert process.returncode == 0, output[-5000:]
+    said = run_two_ranks(tmp_path, RANK, settings_of(run_settings), timeout=600)
     return [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)], said[0]
 
 
