@@ -52,6 +52,8 @@ class NoiseLoss:
             raise ValueError(
                 f"'{self.where}.coefficient' must be finite and not negative, found {coefficient}."
             )
+        if not isinstance(self.fn, str) or not self.fn:
+            raise ValueError(f"'{self.where}.fn' must name a loss, such as l2mae, found {self.fn!r}.")
         if self.reduction not in get_args(Reduction):
             raise ValueError(
                 f"'{self.where}.reduction' must be 'joint' (one mean over forces and noise, as on OC20 and "

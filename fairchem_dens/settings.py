@@ -92,6 +92,13 @@ flag = one_of(True, False)
 mapping: Rule = require_mapping
 
 
+def section(value: Any, where: str) -> None:
+    """Refuse what is no mapping, or is not there: an entry of a list, unlike a key, is never left out."""
+    if value is None:
+        raise ValueError(f"'{where}' is empty: fill it in, or remove it.")
+    require_mapping(value, where)
+
+
 def follow(settings: Any, rules: Mapping[str, Rule], where: str) -> Mapping[str, Any]:
     """Apply rules to those settings that are there; returns the settings, {} for None.
 
@@ -125,6 +132,7 @@ def check_run(given: Mapping[str, Any]) -> None:
         ValueError: names the YAML key, what was found and what is right.
     """
     mapping(given.get("task"), "task")
+    section(given["model"], "model")
     follow(given["model"], {"name": text}, "model")
     if "name" not in given["model"]:
         raise ValueError("'model.name' is missing: fairchem_dens.models.EquiformerV2DeNS, for example.")
@@ -135,7 +143,9 @@ def check_run(given: Mapping[str, Any]) -> None:
     outputs = _check_outputs(given.get("outputs"))
     _check_optim(given.get("optimizer"))
     _check_losses(given.get("loss_functions"))
-    _check_metrics(given.get("evaluation_metrics"), outputs)
+    dataset = given.get("dataset") or {}
+    evaluates = bool(dataset.get("val")) if isinstance(dataset, Mapping) else len(dataset) > 1
+    _check_metrics(given.get("evaluation_metrics"), outputs, evaluates=evaluates)
 
 
 def _check_logger(logger: Any) -> None:
@@ -147,7 +157,7 @@ def _check_logger(logger: Any) -> None:
 # ------------------------------------------------------------------ optim
 
 _MOST = 100_000
-_MOST_LAYERS, _MOST_WORKERS = 1000, 1000
+_MOST_LAYERS, _MOST_WORKERS, _LARGEST_RADIUS = 1000, 1000, 1000
 """What is larger is a slip: building it would never end, or take the machine with it."""
 
 _OPTIM: Mapping[str, Rule] = {
@@ -167,6 +177,7 @@ _OPTIM: Mapping[str, Rule] = {
     "eval_every": number(1, whole=True),
     "load_datasets_and_model_then_exit": flag,
 }
+_SECTIONS = ("optimizer_params", "scheduler_params")
 _IMPLEMENTATION = ("fused", "foreach", "capturable", "differentiable")
 """Arguments of optimizers that depend on the device and change no number."""
 _OLD_SCHEDULE = ("warmup_steps", "warmup_factor", "lr_milestones", "lr_gamma")
@@ -250,9 +261,11 @@ def _check_schedule(optim: Mapping[str, Any]) -> None:
             ) from error
 
 
-def with_floats(optim: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``optim`` with whole numbers made floats where fairchem asserts that they are, such as ``0``."""
-    changed = {**optim, "lr_initial": float(optim["lr_initial"])} if "lr_initial" in optim else dict(optim)
+def as_fairchem_reads(optim: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``optim`` without empty sections, and with floats where fairchem asserts that they are."""
+    changed = {key: value for key, value in optim.items() if value is not None or key not in _SECTIONS}
+    if "lr_initial" in optim:
+        changed["lr_initial"] = float(optim["lr_initial"])
     if optim.get("scheduler_params"):
         changed["scheduler_params"] = {
             key: float(value) if key in _FLOATS else value for key, value in optim["scheduler_params"].items()
@@ -290,7 +303,7 @@ def _check_losses(losses: Any) -> None:
     where = "loss_functions"
     if not losses and losses is not False and losses != 0:
         return  # what is missing is said elsewhere, if it must be there
-    list_of(mapping)(losses, where)
+    list_of(section)(losses, where)
     for index, entry in enumerate(losses):
         for target, settings in require_mapping(entry, f"{where}[{index}]").items():
             if target == NOISE:
@@ -308,7 +321,7 @@ def _check_losses(losses: Any) -> None:
             refuse_unknown_keys(settings, ("fn", "coefficient", "reduction"), place)
 
 
-def _check_metrics(settings: Any, outputs: Mapping[str, Any]) -> None:
+def _check_metrics(settings: Any, outputs: Mapping[str, Any], *, evaluates: bool) -> None:
     where = "evaluation_metrics"
     settings = follow(settings, {"metrics": mapping, "primary_metric": or_null(text)}, where)
     refuse_unknown_keys(settings, ("metrics", "primary_metric"), where)
@@ -326,7 +339,9 @@ def _check_metrics(settings: Any, outputs: Mapping[str, Any]) -> None:
             _named(name, f"{place}[{index}]", known, "metric of fairchem")
     primary = settings.get("primary_metric")
     if primary is None:
-        return
+        if not evaluates:
+            return
+        primary = Evaluator.task_primary_metric["s2ef"]  # as fairchem does
     made = {
         name if target in name or target == "misc" else f"{target}_{name}"
         for target, names in (wanted or Evaluator.task_metrics["s2ef"]).items()
@@ -353,6 +368,8 @@ def _takes_predictions(function: Callable[..., Any]) -> bool:
 
 def _check_dataset(dataset: Any) -> None:
     if isinstance(dataset, list | tuple):
+        if not dataset:
+            raise ValueError("'dataset' is empty: give it 'train', with the 'src' of a data set.")
         splits = {f"dataset[{index}]": split for index, split in enumerate(dataset)}
     else:
         whole = require_mapping(dataset, "dataset")
@@ -469,7 +486,7 @@ def check_model_arguments(model: type, settings: Mapping[str, Any]) -> None:
         elif name.endswith(("_drop", "_rate")):
             number(0, 1)(value, f"model.{name}")
         elif name == "max_radius":
-            number(0, above=True)(value, "model.max_radius")
+            number(0, _LARGEST_RADIUS, above=True)(value, "model.max_radius")
 
 
 def _is_a(value: Any, kind: Any) -> bool:

@@ -35,7 +35,7 @@ from fairchem_dens.launch import workers as local_workers
 from fairchem_dens.models.inputs import check_atomic_numbers, check_cells
 from fairchem_dens.models.weight_decay import kept_from_decay
 from fairchem_dens.objective import Mean
-from fairchem_dens.settings import check_model_arguments, check_run, with_floats
+from fairchem_dens.settings import as_fairchem_reads, check_model_arguments, check_run
 from fairchem_dens.training.precision import single
 from fairchem_dens.training.step import StepTrainer
 from fairchem_dens.transforms import ArmedCorruption
@@ -69,13 +69,15 @@ class DeNSTrainer(StepTrainer):
                 "out different parts of it. Remove --gp-gpus; each rank then has structures of its own."
             )
         check_run(given)
+        for name in ("task", "evaluation_metrics"):  # an empty section of a YAML is one that is left out
+            given[name] = {key: value for key, value in (given.get(name) or {}).items() if value is not None}
         given["name"] = TASK
         given["seed"] = given.get("seed") or 0
         dataset = config.tidied(config.with_relax_dataset(given["dataset"], given["task"]))
         given["optimizer"], given["dataset"], given["loss_functions"] = config.translate_authors_keys(
             given["optimizer"], dataset, given["loss_functions"]
         )
-        given["optimizer"] = with_floats(given["optimizer"])
+        given["optimizer"] = as_fairchem_reads(given["optimizer"])
         self.noise_loss, ordinary = config.take_noise_loss(given["loss_functions"])
         config.require_losses(given["loss_functions"], given["task"])
         config.check_targets(ordinary, given["outputs"] or {})
@@ -156,6 +158,11 @@ class DeNSTrainer(StepTrainer):
         self._load_with_our_readers()
         self._list_skipped_records()
         if self.train_dataset is not None:
+            if len(self.train_dataset) == 0:
+                raise ValueError(
+                    "No structure of 'dataset.train.src' is left to train on: is it empty, or is "
+                    "'dataset.train.max_atoms' too small?"
+                )
             self._arm_corruption()
 
     def _load_with_our_readers(self) -> None:
@@ -169,6 +176,10 @@ class DeNSTrainer(StepTrainer):
         self.config.update({key: read[split] for split, key in names.items()})
         try:
             super().load_datasets()
+        except ValueError as error:
+            if "first_n" not in str(error):
+                raise
+            raise ValueError(f"'dataset': {error}") from error
         finally:
             self.config.update(written)
 

@@ -192,6 +192,8 @@ def check_settings(settings: Any, where: str) -> None:
         raise ValueError(
             f"'{where}' must be a mapping, such as energy: {{file: FILE.npz}}, found {settings!r}."
         )
+    if "file" in settings and not Path(str(settings["file"])).is_file():
+        raise FileNotFoundError(f"'{where}.file' names '{settings['file']}', which does not exist.")
     for target, source in settings.items():
         if target in ("fit", "file"):
             continue

@@ -33,7 +33,7 @@ class StepSettings:
     max_bad_steps_in_a_row: int = 20
 
     def __post_init__(self) -> None:
-        if self.amp_dtype not in _DTYPES:
+        if self.amp_dtype not in tuple(_DTYPES):  # a list, which no dict can be asked for, is refused too
             raise ValueError(
                 f"'optim.amp_dtype' must be 'float16' or 'bfloat16', found {self.amp_dtype!r}. It says what "
                 "--amp computes in."

@@ -10,7 +10,6 @@ import copy
 import functools
 import math
 import operator
-import os
 import pickle
 import signal
 import tempfile
@@ -531,10 +530,6 @@ def apply(change: Change, run: dict[str, Any]) -> None:
         pass
 
 
-@pytest.mark.skipif(
-    "FAIRCHEM_DENS_MALFORMED_SETTINGS" not in os.environ,
-    reason="takes long and is not passed yet: set FAIRCHEM_DENS_MALFORMED_SETTINGS=1 to run it",
-)
 @PROPERTY
 @given(changes=CHANGES)
 def test_malformed_settings(

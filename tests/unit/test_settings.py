@@ -14,7 +14,9 @@ from torch_geometric.data import Data
 
 from fairchem_dens.models import EquiformerV2DeNS
 from fairchem_dens.models.inputs import check_cells
-from fairchem_dens.settings import check_model_arguments, check_run, with_floats
+from fairchem_dens.objective import NoiseLoss
+from fairchem_dens.settings import as_fairchem_reads, check_model_arguments, check_run
+from fairchem_dens.training.settings import StepSettings
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -33,7 +35,7 @@ def put(given: dict[str, Any], path: str, value: Any) -> None:
     *way, last = path.split(".")
     for part in way:
         given = given[int(part)] if part.isdigit() else given[part]
-    given[last] = value
+    given[int(last) if last.isdigit() else last] = value
 
 
 def test_good_settings_pass(given: dict[str, Any]) -> None:
@@ -130,6 +132,14 @@ BAD = [
         "force_mae",
         "which 'evaluation_metrics.metrics' does not measure (did",
     ),
+    ("loss_functions.1", None, "'loss_functions[1]' is empty"),
+    ("dataset", [], "'dataset' is empty"),
+    ("model", None, "'model' is empty"),
+    (
+        "evaluation_metrics.primary_metric",
+        None,
+        "'evaluation_metrics.primary_metric' is 'energy_forces_within_threshold', which",
+    ),
     ("evaluation_metrics.metrics", {"force": ["mae"]}, "'evaluation_metrics.metrics.force' names 'force'"),
     ("evaluation_metrics.metrics", {"forces": ["mea"]}, "'evaluation_metrics.metrics.forces[0]' names 'mea'"),
     ("evaluation_metrics.metric", {}, "'evaluation_metrics.metric' (did you mean 'metrics'?)"),
@@ -193,7 +203,7 @@ def test_whole_numbers_where_fairchem_wants_floats() -> None:
         "lr_initial": 1,
         "scheduler_params": {"warmup_factor": 0, "warmup_epochs": 2, "lambda_type": "cosine"},
     }
-    changed = with_floats(optim)
+    changed = as_fairchem_reads(optim)
     assert type(changed["lr_initial"]) is type(changed["scheduler_params"]["warmup_factor"]) is float
     assert changed == optim and type(changed["scheduler_params"]["warmup_epochs"]) is int
 
@@ -215,7 +225,7 @@ def test_what_a_checkpoint_says_of_its_training_does_not_matter_for_inference(gi
         ({"use_pbc": 1}, "'model.use_pbc' must be True or False, found 1"),
         ({"lmax_list": 4}, "'model.lmax_list' must be a list of numbers or null, found 4"),
         ({"lmax_list": [2.5]}, "'model.lmax_list' must be a list of numbers or null, found [2.5]"),
-        ({"max_radius": -1.0}, "'model.max_radius' must be a number above 0, found -1.0"),
+        ({"max_radius": -1.0}, "'model.max_radius' must be a number above 0 to 1000, found -1.0"),
         ({"alpha_drop": 2}, "'model.alpha_drop' must be a number from 0 to 1, found 2"),
         ({"norm_type": None}, "'model.norm_type' must be a text, found None"),
     ],
@@ -275,3 +285,24 @@ def test_cells_that_do_not(cell: Any) -> None:
         ValueError, match=r"Structure 1 in the batch \(sid 101\) has a 'cell' that does not repeat"
     ):
         check_cells(cells(CUBE, cell))
+
+
+def test_empty_sections_are_left_out(given: dict[str, Any]) -> None:
+    changed = as_fairchem_reads(given["optimizer"] | {"optimizer_params": None})
+    assert "optimizer_params" not in changed and changed["clip_grad_norm"] == 100
+
+
+def test_a_metric_that_decides_is_not_asked_for_where_nothing_is_evaluated(given: dict[str, Any]) -> None:
+    del given["evaluation_metrics"]["primary_metric"], given["dataset"]["val"]
+    check_run(given)
+
+
+def test_a_noise_loss_without_a_name_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"'loss_functions.noise.fn' must name a loss.*found None"):
+        NoiseLoss.from_config({"fn": None, "coefficient": 10})
+
+
+@pytest.mark.parametrize("wrong", [[], {}, "float8"])
+def test_precisions_that_do_not_exist(wrong: Any) -> None:
+    with pytest.raises(ValueError, match=r"'optim.amp_dtype' must be"):
+        StepSettings.from_config({"amp_dtype": wrong})
