@@ -75,8 +75,9 @@ class Attention(OnPath, SO2EquivariantGraphAttention):
         """Return factors on attention weights, (E, heads), or None where there are none to draw."""
         if self.alpha_dropout is None or not self.training or self.path == FAIRCHEM:
             return None
-        ones = at_least_single(geometry.wigner).new_ones(len(geometry.edges), self.num_heads)
-        return self.alpha_dropout(ones)
+        # Head by head in memory, like fairchem's weights: recent versions of torch draw in that order.
+        ones = at_least_single(geometry.wigner).new_ones(self.num_heads, len(geometry.edges)).T
+        return self.alpha_dropout(ones).contiguous()
 
     def features(self, x: Tensor, geometry: Geometry, highest_order: int) -> tuple[Tensor, Tensor]:
         """Return what the second convolution is applied to, and the logits of attention.
