@@ -1,10 +1,13 @@
-"""EquiformerV2 on our operations against the same model on fairchem's modules.
+"""Our EquiformerV2 with DeNS against fairchem-core 1.10.0's own, `equiformer_v2_dens_backbone` and its heads.
 
     python benchmarks/equiformer_v2.py --layers 2 --structures 1 --natoms 132 --out benchmarks/results/x.json
 
 Both have the same weights, the same batch and the same precision, and take turns in one process. Reported
-are medians over the rounds; ratios are medians of the ratios of a round. The errors are those of outputs
-and gradients against our operations in float64, which tests hold to fairchem's modules within 1e-12.
+are medians over the rounds; ratios are medians of the ratios of a round. A training call is the forward and
+backward pass of corrupted structures, an inference call the forward pass of structures as they are. The
+errors are those of outputs and gradients against our operations in float64, which tests hold to fairchem's
+modules within 1e-12. fairchem's model draws frames of edges that depend on the precision, so its errors are
+those of its modules in our frames.
 
 On the CPU time is that of the processor, which does not count what other programs take (with one thread:
 OMP_NUM_THREADS=1). Peak memory is what torch's allocator has out at once, beyond weights and batch, as its
@@ -27,13 +30,14 @@ from typing import Any
 
 import torch
 from fairchem.core.common.utils import load_config
-from torch import Tensor
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from result_file import describe, write
+from stock_model import StockModel
 from training_step import CONFIG, PRECISIONS, loss_of, make_batch
 
 from fairchem_dens.corruption import Corruption, corrupt
@@ -52,17 +56,14 @@ class Variant:
     """A model on one path, with what it is timed on.
 
     Args:
-        model: with weights, in training mode; it is copied.
-        path: of `paths`.
+        model: with weights; its mode is set.
         batch: on the device.
         mode: one of `MODES`.
         precision: one of `PRECISIONS`.
     """
 
-    def __init__(self, model: EquiformerV2DeNS, path: Any, batch: Any, mode: str, precision: str) -> None:
-        self.model, self.batch, self.mode = copy.deepcopy(model), batch, mode
-        paths.choose(self.model, path)
-        self.model.train(mode == "training")
+    def __init__(self, model: nn.Module, batch: Any, mode: str, precision: str) -> None:
+        self.model, self.batch, self.mode = model.train(mode == "training"), batch, mode
         self.device, self.kind = batch.pos.device, HALF.get(precision)
 
     def __call__(self) -> dict[str, Tensor]:
@@ -143,13 +144,14 @@ def _tf32(on: bool) -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def errors(variants: dict[str, Variant], model: EquiformerV2DeNS, batch: Any) -> dict[str, dict[str, float]]:
+def errors(models: dict[str, EquiformerV2DeNS], batch: Any, precision: str) -> dict[str, dict[str, float]]:
     """Root mean square errors against float64 in evaluation mode, relative to the root mean square."""
-    exact = Variant(copy.deepcopy(model).double(), model.operations, _double(batch), "training", "fp32")
-    reference = _results(exact)
+    exact = copy.deepcopy(next(iter(models.values()))).double()
+    reference = _results(exact, _double(batch), "fp32")
+    exact.zero_grad(set_to_none=True)
     found = {}
-    for name, variant in variants.items():
-        values = _results(variant)
+    for name, model in models.items():
+        values = _results(model, batch, precision)
         squares = {
             kind: [
                 (float((values[key].double() - want).square().sum()), float(want.square().sum()))
@@ -165,18 +167,15 @@ def errors(variants: dict[str, Variant], model: EquiformerV2DeNS, batch: Any) ->
     return found
 
 
-def _results(variant: Variant) -> dict[str, Tensor]:
-    mode, variant.mode = variant.mode, "training"
+def _results(model: EquiformerV2DeNS, batch: Any, precision: str) -> dict[str, Tensor]:
+    variant = Variant(copy.deepcopy(model), batch, "training", precision)
     variant.model.eval()  # the roll of the frames is fixed, and nothing is dropped
     out = {name: value.detach() for name, value in variant().items()}
-    out |= {
+    return out | {
         f"gradient:{name}": parameter.grad
         for name, parameter in variant.model.named_parameters()
         if parameter.grad is not None
     }
-    variant.mode = mode
-    variant.model.train(mode == "training")
-    return out
 
 
 def _double(batch: Any) -> Any:
@@ -196,21 +195,26 @@ def measure(args: argparse.Namespace, case: dict[str, Any]) -> list[dict[str, An
         "drop_path_rate": 0.0,
     }
     settings.pop("name")
-    plain = make_batch(case["structures"], case["natoms"])
-    batch = corrupt(plain, Corruption(prob=1.0, std=0.1, corrupt_ratio=0.5), seed=0, epoch=0, selected=True)
     device = torch.device(args.device)
-    batch = batch.to(device)
-    variants = {}
-    for name in [STOCK, *args.recompute]:
+    clean = make_batch(case["structures"], case["natoms"])
+    noise = Corruption(prob=1.0, std=0.1, corrupt_ratio=0.5)
+    corrupted = corrupt(clean, noise, seed=0, epoch=0, selected=True).to(device)
+    batch = corrupted if case["mode"] == "training" else clean.to(device)
+    ours = {}
+    for level in args.recompute:
         torch.manual_seed(0)
-        level = args.recompute[0] if name == STOCK else name
-        model = EquiformerV2DeNS(**settings, recompute=level, kernels=args.kernels).to(device)
-        path = paths.FAIRCHEM if name == STOCK else model.operations
-        variants[name] = Variant(model, path, batch, case["mode"], case["precision"])
-        del model
-    with _tf32(case["precision"] == "tf32"):
+        ours[level] = EquiformerV2DeNS(**settings, recompute=level, kernels=args.kernels).to(device)
+    first = ours[args.recompute[0]]
+    models: dict[str, nn.Module] = {STOCK: StockModel(settings, first).to(device), **ours}
+    mode, precision = case["mode"], case["precision"]
+    variants = {name: Variant(model, batch, mode, precision) for name, model in models.items()}
+    with _tf32(precision == "tf32"):
         counts = {name: variant.counts() for name, variant in variants.items()}
-        wrong = errors(variants, variants[args.recompute[0]].model, batch) if args.errors else {}
+        wrong = {}
+        if args.errors:
+            theirs = copy.deepcopy(first)
+            paths.choose(theirs, paths.FAIRCHEM)
+            wrong = errors({**ours, STOCK: theirs}, corrupted, precision)
         seconds: dict[str, list[float]] = {name: [] for name in variants}
         for variant in variants.values():
             for _ in range(args.warm_up):

@@ -1,4 +1,4 @@
-"""How many structures of a training step fit into a GPU's memory, on fairchem's modules and on ours.
+"""How many structures of a training step fit into a GPU's memory, with fairchem's EquiformerV2 and ours.
 
     python benchmarks/largest_batch.py --precisions fp32 bf16 --gib 80 --out benchmarks/results/x.json
 
@@ -16,27 +16,27 @@ from typing import Any
 
 import torch
 from fairchem.core.common.utils import load_config
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from equiformer_v2 import STOCK, Variant
 from result_file import describe, write
+from stock_model import StockModel
 from training_step import CONFIG, PRECISIONS, make_batch
 
 from fairchem_dens.corruption import Corruption, corrupt
 from fairchem_dens.models import EquiformerV2DeNS
-from fairchem_dens.models.equiformer_v2 import memory, paths
+from fairchem_dens.models.equiformer_v2 import memory
 from fairchem_dens.shipped import configs_folder
 
 
-def fits(
-    model: EquiformerV2DeNS, path: Any, args: argparse.Namespace, precision: str, structures: int
-) -> bool:
+def fits(model: nn.Module, args: argparse.Namespace, precision: str, structures: int) -> bool:
     """Tell whether a step of so many structures goes through."""
     noise = Corruption(prob=1.0, std=0.1, corrupt_ratio=0.5)
     batch = corrupt(make_batch(structures, args.natoms), noise, seed=0, epoch=0, selected=True)
     held: list[Any] = []
     try:
-        held.append(Variant(model, path, batch.to(args.device), "training", precision))
+        held.append(Variant(copy.deepcopy(model), batch.to(args.device), "training", precision))
         held.append([torch.zeros_like(one) for one in held[0].model.parameters() for _ in range(2)])
         held[0]()
         torch.cuda.synchronize()
@@ -48,16 +48,16 @@ def fits(
     return True
 
 
-def largest(model: EquiformerV2DeNS, path: Any, args: argparse.Namespace, precision: str) -> int:
+def largest(model: nn.Module, args: argparse.Namespace, precision: str) -> int:
     """Return the largest number of structures that fits, to an eighth."""
     low, high = 0, args.start
-    while high <= args.most and fits(model, path, args, precision, high):
+    while high <= args.most and fits(model, args, precision, high):
         low, high = high, 2 * high
     if high > args.most:
         return low
     while high - low > max(1, low // 8):
         middle = (low + high) // 2
-        low, high = (middle, high) if fits(model, path, args, precision, middle) else (low, middle)
+        low, high = (middle, high) if fits(model, args, precision, middle) else (low, middle)
     return low
 
 
@@ -81,13 +81,15 @@ def main() -> int:
         torch.cuda.set_per_process_memory_fraction(min(1.0, args.gib * 2**30 / total))
     settings = load_config(str(configs_folder() / CONFIG))[0]["model"]
     settings |= {"num_layers": args.layers or settings["num_layers"], "recompute": args.recompute}
-    model = EquiformerV2DeNS(**settings)
+    settings.pop("name", None)
+    ours = EquiformerV2DeNS(**settings)
+    models = {"ours": ours, STOCK: StockModel(settings, ours)}
     options = {key: value for key, value in vars(args).items() if key != "out"}
     rows: list[dict[str, Any]] = []
     result = {"benchmark": "largest_batch", **describe(args.device), "settings": options, "rows": rows}
     for precision in args.precisions:
-        for name, path in (("ours", model.operations), (STOCK, paths.FAIRCHEM)):
-            found = largest(copy.deepcopy(model).to(args.device), path, args, precision)
+        for name, one in models.items():
+            found = largest(copy.deepcopy(one).to(args.device), args, precision)
             rows.append({"variant": name, "precision": precision, "structures": found})
             print(rows[-1], flush=True)
             if args.out:  # after each, in case that there is no time for all

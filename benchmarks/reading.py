@@ -9,9 +9,6 @@ them. Structures are generated, of OC20's size and fields, unless --src names LM
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -19,7 +16,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +26,10 @@ from torch.utils.data import DataLoader
 from torch_geometric.data import Data
 from tqdm import tqdm
 
-import fairchem_dens.register  # makes the transform known
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from result_file import describe, write
+
+import fairchem_dens.register  # noqa: F401  makes the transform known
 from fairchem_dens.corruption import Corruption, batch_is_corrupted, corrupt
 from fairchem_dens.data.collate import collate
 from fairchem_dens.data.lmdb import LmdbWriter
@@ -39,7 +38,6 @@ from fairchem_dens.transforms import ArmedCorruption
 
 PAPER = {"prob": 0.5, "std": 0.1, "corrupt_ratio": 0.5}
 BASELINE = "fairchem"
-PACKAGES = ("torch", "numpy", "torch_geometric", "lmdb", "fairchem-core")
 
 
 def write_structures(folder: Path, count: int, natoms: int) -> None:
@@ -168,22 +166,6 @@ def median_ratio(over: list[float], under: list[float]) -> float:
     return statistics.median(one / other for one, other in zip(over, under, strict=True))
 
 
-def environment() -> dict[str, Any]:
-    """What the numbers depend on."""
-    model = platform.processor() or platform.machine()
-    information = Path("/proc/cpuinfo")
-    if information.is_file():
-        names = [line for line in information.read_text().splitlines() if line.startswith("model name")]
-        model = names[0].split(":", 1)[1].strip() if names else model
-    versions = {"python": platform.python_version(), "fairchem_dens": fairchem_dens.__version__}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "unknown"
-    return {"device": f"{model}, {os.cpu_count()} cores", "versions": versions}
-
-
 def main() -> int:
     """Measure, print a table, write the JSON."""
     parser = argparse.ArgumentParser(
@@ -211,9 +193,7 @@ def main() -> int:
     if args.out:
         settings = {key: value for key, value in vars(args).items() if key not in ("out", "src")}
         settings |= {"generated": args.src is None, "corruption": PAPER}
-        result = {"benchmark": "reading", **environment(), "settings": settings, "rows": rows}
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=2) + "\n")
+        write(args.out, {"benchmark": "reading", **describe("cpu"), "settings": settings, "rows": rows})
     return 0
 
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
-import platform
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fairchem_dens.machine import processor, versions
+
 
 def describe(device: str) -> dict[str, Any]:
     """Machine and versions."""
-    on_gpu = device.startswith("cuda")
-    name = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
-    return {"device": name, "versions": {"python": platform.python_version(), "torch": torch.__version__}}
+    name = f"{processor()}, {torch.get_num_threads()} threads of {os.cpu_count()}"
+    if device.startswith("cuda"):
+        name = torch.cuda.get_device_name()
+    return {"device": name, "versions": versions()}
 
 
 def write(out: Path, result: dict[str, Any]) -> None:

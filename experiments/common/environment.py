@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-import platform
 import subprocess
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from fairchem_dens.machine import processor, versions
+
 _ROOT = Path(__file__).resolve().parents[2]
-_PACKAGES = ("torch", "numpy", "fairchem-core", "torch-geometric", "ase", "e3nn")
 
 
 @cache
@@ -36,25 +35,8 @@ def environment(*, cpu: bool) -> dict[str, Any]:
     """
     import torch
 
-    import fairchem_dens
-
-    versions = {"python": platform.python_version(), "fairchem_dens": fairchem_dens.__version__}
-    for package in _PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "unknown"
     if cpu or not torch.cuda.is_available():
-        device = f"{_processor()}, {torch.get_num_threads()} thread of {os.cpu_count()}"
+        device = f"{processor()}, {torch.get_num_threads()} thread of {os.cpu_count()}"
     else:
         device = torch.cuda.get_device_name()
-    return {"commit": commit(), "device": device, "versions": versions}
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    return {"commit": commit(), "device": device, "versions": versions()}
