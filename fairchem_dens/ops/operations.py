@@ -11,6 +11,7 @@ from fairchem_dens.ops.attend import attend
 from fairchem_dens.ops.edge_degree import edge_degree
 from fairchem_dens.ops.grid_ffn import grid_mlp
 from fairchem_dens.ops.norm import equivariant_norm
+from fairchem_dens.ops.rotate import rotate
 from fairchem_dens.ops.s2_activation import s2_activation
 from fairchem_dens.ops.so2 import rotate_and_convolve
 from fairchem_dens.ops.wigner import wigner_packed
@@ -27,6 +28,7 @@ class Operations:
     name: str = "plain"
     wigner_packed: Callable[..., Tensor] = wigner_packed
     edge_degree: Callable[..., Tensor] = edge_degree
+    rotate: Callable[..., Tensor] = rotate
     rotate_and_convolve: Callable[..., Tensor] = rotate_and_convolve
     s2_activation: Callable[..., Tensor] = s2_activation
     attend: Callable[..., Tensor] = attend

@@ -47,6 +47,9 @@ def cases(
 
         return operation
 
+    def rotation(path: Operations) -> Operation:
+        return lambda x, wigner, scale: path.rotate(x, edges, wigner, scale, rows)
+
     def attention(path: Operations) -> Operation:
         return lambda values, logits, wigner: path.attend(values, logits, wigner, edges, rows, None)
 
@@ -67,6 +70,7 @@ def cases(
             convolution,
             [x, wigner, learned(len(edges), 4), learned(width, 4), *weights],
         ),
+        "rotate": (rotation, [x, wigner, learned(len(edges), rows.num_radial, 2 * channels)]),
         "attend": (attention, [values, learned(len(edges), heads), wigner]),
         "s2_activation": (
             lambda path: path.s2_activation,
@@ -154,12 +158,14 @@ def test_the_environment_decides(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("recompute", ["none", "activations"])
 def test_a_model_on_them(
-    operations: Operations, device: str, structure: Any, model_settings: dict[str, Any]
+    operations: Operations, device: str, structure: Any, model_settings: dict[str, Any], recompute: str
 ) -> None:
     """Outputs and gradients are those of the plain operations, up to rounding."""
     batch = Batch.from_data_list([structure(seed, natoms=3 + seed) for seed in range(2)]).to(device)
-    model = EquiformerV2DeNS(**{**model_settings, "use_grid_mlp": True}).to(device).eval()
+    settings = model_settings | {"use_grid_mlp": True, "recompute": recompute}
+    model = EquiformerV2DeNS(**settings).to(device).eval()
     results = []
     for path in (operations, PLAIN):
         one = copy.deepcopy(model)

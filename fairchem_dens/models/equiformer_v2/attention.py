@@ -23,7 +23,6 @@ from fairchem_dens.models.equiformer_v2.radial import radial_hidden
 from fairchem_dens.ops.grid_ffn import degree_linear
 from fairchem_dens.ops.layout import Rows, constant
 from fairchem_dens.ops.precision import at_least_single
-from fairchem_dens.ops.rotate import rotate
 from fairchem_dens.ops.so2 import RadialTail, convolve, real_weight
 
 
@@ -114,7 +113,7 @@ class Attention(OnPath, SO2EquivariantGraphAttention):
         weights, bias_0 = _weights(convolution), convolution.fc_m0.bias
         if self.recompute == "none":
             scale = F.linear(hidden, weight, bias).unflatten(1, (rows.num_radial, -1))
-            rotated = rotate(x, geometry.edges, geometry.wigner, scale, rows)
+            rotated = self.path.rotate(x, geometry.edges, geometry.wigner, scale, rows)
             return convolve(rotated, weights, bias_0, rows)
         tail = RadialTail(hidden, weight, bias)
         return self.path.rotate_and_convolve(x, geometry.edges, geometry.wigner, tail, weights, bias_0, rows)

@@ -15,7 +15,7 @@ from fairchem_dens.ops.fused.edge_degree import edge_degree
 from fairchem_dens.ops.fused.grid_ffn import grid_mlp
 from fairchem_dens.ops.fused.launching import dot_precision, power_of_two
 from fairchem_dens.ops.fused.norm import SPLIT, equivariant_norm
-from fairchem_dens.ops.fused.rotate import rotate_backward, rotate_forward
+from fairchem_dens.ops.fused.rotate import rotate, rotate_backward, rotate_forward
 from fairchem_dens.ops.fused.s2_activation import s2_activation
 from fairchem_dens.ops.fused.wigner import wigner_packed
 from fairchem_dens.ops.layout import Edges, Rows
@@ -52,6 +52,7 @@ def guarded(interpreted: bool) -> Operations:
         name="triton",
         wigner_packed=or_plain("wigner_packed", wigner_packed, _none),
         edge_degree=or_plain("edge_degree", edge_degree, _none),
+        rotate=or_plain("rotate", rotate, _none),
         rotate_and_convolve=or_plain("rotate_and_convolve", convolve, _none),
         s2_activation=or_plain("s2_activation", s2_activation, _against_s2_activation),
         attend=or_plain("attend", attend, _against_attend),
