@@ -50,10 +50,16 @@ def draw(results: dict[str, Any], folder: Path) -> list[Path]:
                 alpha=0.15,
                 lw=0,
             )
-    for axis in axes[0]:
+    # Where the lines of the panel are not.
+    for axis, place, side in ((axes[0, 0], 0.98, "right"), (axes[0, 1], 0.02, "left")):
         axis.axhline(1, color=INK, lw=1, ls=(0, (1, 2)))
         axis.annotate(
-            "guessing no noise", (0.02, 1), xycoords=("axes fraction", "data"), va="bottom", fontsize=8.5
+            "guessing no noise",
+            (place, 1),
+            xycoords=("axes fraction", "data"),
+            va="bottom",
+            ha=side,
+            fontsize=8.5,
         )
         axis.set_ylim(bottom=0)
     axes[0, 0].set_xscale("log")
