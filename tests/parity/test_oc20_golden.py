@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 
 from fairchem_dens.models import EquiformerV2DeNS, ESCNDeNS
+from fairchem_dens.models.equiformer_v2 import paths
+from fairchem_dens.ops import fused
 from golden_batches import batch_in, merged
 
 MODES = ("s2ef", "dens_partial", "dens_full")
@@ -65,15 +68,51 @@ every_file = pytest.mark.parametrize("chosen", FILES, ids=lambda one: one.name, 
 LEARNED = [(one, name, output) for one in FILES for name, output in one.learned.items()]
 
 
+def agrees(model, file, chosen, modes=MODES):
+    for mode in modes:
+        batch, mask = batch_in(mode, file)
+        with torch.no_grad():
+            outputs = model(batch)
+        for name, value in merged(outputs, mask).items():
+            torch.testing.assert_close(value, file[mode][name], rtol=0, atol=chosen.tolerances[name])
+
+
 @every_file
 @pytest.mark.parametrize("mode", MODES)
 def test_energy_forces_and_noise(chosen, file, model, mode):
-    batch, mask = batch_in(mode, file)
+    batch, _ = batch_in(mode, file)
     with torch.no_grad():
-        outputs = model(batch)
-    assert ("noise" in outputs) == (mode != "s2ef")
-    for name, value in merged(outputs, mask).items():
-        torch.testing.assert_close(value, file[mode][name], rtol=0, atol=chosen.tolerances[name])
+        assert ("noise" in model(batch)) == (mode != "s2ef")
+    agrees(model, file, chosen, [mode])
+
+
+@pytest.mark.parametrize("chosen", FILES[:2], ids=lambda one: one.name, scope="module")
+@pytest.mark.parametrize("recompute", ["none", "layers"])
+def test_each_level_of_recomputation(chosen, file, recompute):
+    model = chosen.model(**file["config"], recompute=recompute).eval()
+    model.load_state_dict(file["state_dict"], strict=True)
+    agrees(model, file, chosen)
+
+
+@pytest.mark.parametrize("chosen", FILES[:2], ids=lambda one: one.name, scope="module")
+def test_fairchems_modules(chosen, file):
+    model = chosen.model(**file["config"]).eval()
+    model.load_state_dict(file["state_dict"], strict=True)
+    paths.choose(model, paths.FAIRCHEM)
+    agrees(model, file, chosen)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chosen", FILES[1:2], ids=lambda one: one.name, scope="module")
+def test_kernels_in_tritons_interpreter(chosen, file, monkeypatch):
+    """One file and one mode, because the interpreter takes minutes."""
+    pytest.importorskip("triton")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("there is a GPU: kernels are not interpreted")
+    monkeypatch.setenv(fused.SWITCH, "fused")
+    model = chosen.model(**file["config"], kernels="triton").eval()
+    model.load_state_dict(file["state_dict"], strict=True)
+    agrees(model, file, chosen, ["dens_partial"])
 
 
 @every_file
