@@ -87,7 +87,11 @@ def save(figure: Figure, file: Path) -> Path:
     return file
 
 
-def caption(results: dict[str, Any]) -> str:
-    """Return what a figure is of, for its last line."""
-    seeds = len(results["seeds"])
-    return f"{seeds} seeds: mean, and lowest to highest. {results['command']}, {results['device']}"
+def caption(results: dict[str, Any], shown: str = "mean, and lowest to highest") -> str:
+    """Return what a figure is of, for its last line.
+
+    Args:
+        results: of an experiment.
+        shown: how seeds are drawn.
+    """
+    return f"{len(results['seeds'])} seeds: {shown}. {results['command']}, {results['device']}"

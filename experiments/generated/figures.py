@@ -37,6 +37,7 @@ SWEEP = {
     "switch_batch": "a coin for a batch",
     "fairchem_loss": "… and the loss of\nfairchem 1.10.0",
 }
+MARKS = "large marks are means, small ones a seed each"
 FORCES = last("forces_mae", 1000)
 ENERGY = last("energy_mae", 1000)
 
@@ -67,7 +68,7 @@ def draw(results: dict[str, Any], folder: Path) -> list[Path]:
     _by_size(axes[0, 2], sizes)
     finish(axes[0, 2], "force MAE on the training frames, undisturbed", "frames for training", "meV/Å")
     axes[0, 0].legend(frameon=False, fontsize=9)
-    figure.suptitle(caption(results), fontsize=8, color=INK, y=-0.02, va="top")
+    figure.suptitle(caption(results, MARKS), fontsize=8, color=INK, y=-0.02, va="top")
     written = [save(figure, folder / f"generated_sizes_{results['scale']}.svg")]
 
     size = plan["sweep_size"]
@@ -93,7 +94,7 @@ def draw(results: dict[str, Any], folder: Path) -> list[Path]:
             axis, f"{title} against the run without DeNS, {size} frames", "% (left of the line: lower)", ""
         )
     axes[0, 1].tick_params(labelleft=False)
-    figure.suptitle(caption(results), fontsize=8, color=INK, y=-0.02, va="top")
+    figure.suptitle(caption(results, MARKS), fontsize=8, color=INK, y=-0.02, va="top")
     return [*written, save(figure, folder / f"generated_sweep_{results['scale']}.svg")]
 
 
