@@ -16,6 +16,7 @@ import collections.abc
 import functools
 import logging
 import os
+import random
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,9 @@ from fairchem.core.common import distutils, utils
 # fairchem is.
 
 Setup = Callable[[dict[str, Any]], None]
+
+_NOT_LENT = (20000, 32768)
+"""Ports below those that Linux lends to outgoing connections."""
 
 
 def mend() -> None:
@@ -68,12 +72,24 @@ def _set_up_from_environment(setup: Setup, config: dict[str, Any]) -> None:
             f"The job has {rank.world_size} tasks, but the run was submitted for {config['world_size']} "
             "ranks (--num-nodes times --num-gpus): remove 'ntasks' and its like from 'slurm' in the YAML."
         )
+    os.environ["MASTER_PORT"] = str(_meeting_port(rank.world_size))
     logging.info(f"CPU job: rank {rank.rank} of {rank.world_size}, {config['distributed_backend']}.")
     config["submit"] = False
     try:
         setup(config)
     finally:
         config["submit"] = True
+
+
+def _meeting_port(world_size: int) -> int:
+    """Return the port where the ranks of this job meet, the same on all of them.
+
+    submitit's choice often lies among those that Linux lends to outgoing connections, from 32768 on, so that
+    any program of the node may have it.
+    """
+    if world_size == 1:
+        return int(distutils.get_free_port())
+    return random.Random(os.environ["SLURM_JOB_ID"]).randrange(*_NOT_LENT)
 
 
 def _keep_checkpoints_of_loading_jobs() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,21 @@ class TestMends:
         setup = distutils.setup
         mends.mend()
         assert distutils.setup is setup
+
+    def test_ranks_of_a_job_meet_where_nothing_else_is_put_by_chance(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        found = {}
+        for number in range(200):
+            monkeypatch.setenv("SLURM_JOB_ID", str(number))
+            found[number] = mends._meeting_port(world_size=4)
+            assert mends._meeting_port(world_size=4) == found[number]
+        assert all(20000 <= port < 32768 for port in found.values())
+        assert len(set(found.values())) > 190
+        # A rank that is alone needs no agreement: it takes a port that is free now.
+        with socket.socket() as taken:
+            taken.bind(("", 0))
+            assert mends._meeting_port(world_size=1) != taken.getsockname()[1]
 
     def test_preempted_before_there_is_a_trainer(self) -> None:
         mends._keep_checkpoints_of_loading_jobs()
