@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch_geometric.data import Batch, Data
 
 from fairchem_dens.models import EquiformerV2DeNS, graph
+from fairchem_dens.models.equiformer_v2 import memory, paths
 from model_cases import disturbed
 from outputs import assert_close, predict, rotation_errors
 from precision import default_precision, double_precision
@@ -46,10 +47,14 @@ def make_model(arguments: dict[str, Any], **changes: Any) -> EquiformerV2DeNS:
     return disturbed(EquiformerV2DeNS(**arguments | changes)).eval()
 
 
-@pytest.fixture(scope="module")
-def model(arguments: dict[str, Any]) -> EquiformerV2DeNS:
-    """With gates instead of grids, which makes all of it equivariant up to rounding."""
-    return make_model(arguments, use_gate_act=True, use_grid_mlp=False)
+@pytest.fixture(scope="module", params=[*memory.LEVELS, paths.FAIRCHEM])
+def model(arguments: dict[str, Any], request: pytest.FixtureRequest) -> EquiformerV2DeNS:
+    """With gates instead of grids, which makes all of it equivariant up to rounding; on each path."""
+    levels = {"recompute": request.param} if request.param in memory.LEVELS else {}
+    model = make_model(arguments, use_gate_act=True, use_grid_mlp=False, **levels)
+    if request.param == paths.FAIRCHEM:
+        paths.choose(model, paths.FAIRCHEM)
+    return model
 
 
 class TestRotation:

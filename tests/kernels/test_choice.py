@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from e3nn import o3
 from torch import Tensor
 from torch_geometric.data import Batch
 
@@ -19,6 +20,9 @@ from fairchem_dens.ops.layout import Rows
 from fairchem_dens.ops.operations import PLAIN, Operations
 from fairchem_dens.ops.so2 import RadialTail
 from fused import Operation, check, edges_of, errors, root_mean_square, run
+from model_cases import disturbed
+from outputs import rotation_errors
+from structures import conditioned
 
 
 @pytest.fixture
@@ -182,3 +186,15 @@ def test_a_model_on_them(
                 continue
             scale = value.abs().max().clamp(min=1e-4)
             assert (found[name] - value).abs().max() <= 1e-4 * scale, name
+
+
+@pytest.mark.slow
+def test_a_model_on_them_turns_with_its_structure(
+    operations: Operations, device: str, structure: Any, model_settings: dict[str, Any]
+) -> None:
+    """With gates instead of grids, which makes all of it equivariant up to rounding."""
+    settings = model_settings | {"use_gate_act": True, "use_grid_mlp": False}
+    model = disturbed(EquiformerV2DeNS(**settings)).to(device).eval()
+    paths.choose(model, operations)
+    data = Batch.from_data_list([conditioned(structure(0, natoms=5))]).to(device)
+    assert max(rotation_errors(model, data, o3.rand_matrix().to(device)).values()) < 1e-4
