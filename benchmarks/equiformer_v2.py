@@ -148,7 +148,6 @@ def errors(models: dict[str, EquiformerV2DeNS], batch: Any, precision: str) -> d
     """Root mean square errors against float64 in evaluation mode, relative to the root mean square."""
     exact = copy.deepcopy(next(iter(models.values()))).double()
     reference = _results(exact, _double(batch), "fp32")
-    exact.zero_grad(set_to_none=True)
     found = {}
     for name, model in models.items():
         values = _results(model, batch, precision)

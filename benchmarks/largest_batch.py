@@ -36,9 +36,10 @@ def fits(model: nn.Module, args: argparse.Namespace, precision: str, structures:
     batch = corrupt(make_batch(structures, args.natoms), noise, seed=0, epoch=0, selected=True)
     held: list[Any] = []
     try:
-        held.append(Variant(copy.deepcopy(model), batch.to(args.device), "training", precision))
-        held.append([torch.zeros_like(one) for one in held[0].model.parameters() for _ in range(2)])
-        held[0]()
+        held.append(copy.deepcopy(model).to(args.device))
+        held.append(Variant(held[0], batch.to(args.device), "training", precision))
+        held.append([torch.zeros_like(one) for one in held[0].parameters() for _ in range(2)])
+        held[1]()
         torch.cuda.synchronize()
     except torch.cuda.OutOfMemoryError:
         return False
@@ -89,7 +90,7 @@ def main() -> int:
     result = {"benchmark": "largest_batch", **describe(args.device), "settings": options, "rows": rows}
     for precision in args.precisions:
         for name, one in models.items():
-            found = largest(copy.deepcopy(one).to(args.device), args, precision)
+            found = largest(one, args, precision)
             rows.append({"variant": name, "precision": precision, "structures": found})
             print(rows[-1], flush=True)
             if args.out:  # after each, in case that there is no time for all

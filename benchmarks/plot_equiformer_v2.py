@@ -12,10 +12,8 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-
-mpl.use("Agg")
-import matplotlib.pyplot as plt
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from experiments.common.figures import BLUE, GREEN, INK, PURPLE, RED, new_figure, save
 
 AXES = {
     "structures": "structures",
@@ -24,8 +22,7 @@ AXES = {
     "layers": "layers",
     "lmax": "largest degree L",
 }
-COLORS = ("#222222", "#0072B2", "#D55E00", "#009E73", "#CC79A7")
-"""Those of Okabe and Ito, which colour-blind people can tell apart."""
+COLORS = (INK, BLUE, RED, GREEN, PURPLE)
 MARKERS = "soD^v"
 DASHES = ("--", "-", "-.", ":", "-")
 
@@ -36,7 +33,7 @@ def draw(result: dict[str, Any], along: str, out: Path) -> None:
     Args:
         result: what `equiformer_v2.py` wrote.
         along: one of `AXES`.
-        out: file to write, in the format of its suffix.
+        out: SVG to write.
     """
     rows = result["rows"]
     same = {axis: rows[0][axis] for axis in AXES if axis != along and len({row[axis] for row in rows}) == 1}
@@ -44,7 +41,8 @@ def draw(result: dict[str, Any], along: str, out: Path) -> None:
     lines: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         lines.setdefault(", ".join([row["variant"], *(row[key] for key in varied)]), []).append(row)
-    figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), constrained_layout=True)
+    figure, axes = new_figure(1, 2, width=9, height=3.6)
+    panels = axes[0]
     styles = cycle(zip(COLORS, MARKERS, DASHES, strict=True))
     for (name, points), (color, marker, dashes) in zip(lines.items(), styles, strict=False):
         for panel, key, factor in zip(panels, ("ms", "peak_MiB"), (1e-3, 1 / 1024), strict=True):
@@ -59,9 +57,7 @@ def draw(result: dict[str, Any], along: str, out: Path) -> None:
     panels[0].legend(fontsize=8, frameon=False)
     about = ", ".join(f"{AXES[axis]}: {value}" for axis, value in same.items())
     figure.suptitle(f"{about}. {result['device']}", fontsize=8)
-    # Without a date and with fixed names, so that the same numbers give the same file.
-    with mpl.rc_context({"svg.hashsalt": "fairchem_dens"}):
-        figure.savefig(out, dpi=150, metadata={"Date": None} if out.suffix == ".svg" else None)
+    save(figure, out)
 
 
 def main() -> int:
@@ -71,8 +67,10 @@ def main() -> int:
     )
     parser.add_argument("results", type=Path, help="JSON of equiformer_v2.py")
     parser.add_argument("--along", choices=AXES, default="natoms")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="SVG to write")
     args = parser.parse_args()
+    if args.out.suffix != ".svg":
+        parser.error(f"--out must end in .svg, found '{args.out}'")
     draw(json.loads(args.results.read_text()), args.along, args.out)
     return 0
 

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from fairchem_dens.machine import processor, versions
+from fairchem_dens import machine
 
 
 def describe(device: str) -> dict[str, Any]:
     """Machine and versions."""
-    name = f"{processor()}, {torch.get_num_threads()} threads of {os.cpu_count()}"
-    if device.startswith("cuda"):
-        name = torch.cuda.get_device_name()
-    return {"device": name, "versions": versions()}
+    return {"device": machine.device(on_gpu=device.startswith("cuda")), "versions": machine.versions()}
 
 
 def write(out: Path, result: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,8 +23,17 @@ def versions() -> dict[str, str]:
     return found
 
 
-def processor() -> str:
-    """Return the name of the processor, as far as the system tells it."""
+def device(*, on_gpu: bool) -> str:
+    """Return the name of the GPU, or that of the processor and the threads that torch takes of it."""
+    import torch
+
+    if on_gpu:
+        return torch.cuda.get_device_name()
+    threads = torch.get_num_threads()
+    return f"{_processor()}, {threads} thread{'' if threads == 1 else 's'} of {os.cpu_count()}"
+
+
+def _processor() -> str:
     information = Path("/proc/cpuinfo")
     if information.is_file():
         for line in information.read_text(encoding="utf-8").splitlines():

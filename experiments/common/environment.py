@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from fairchem_dens.machine import processor, versions
+from fairchem_dens import machine
 
 _ROOT = Path(__file__).resolve().parents[2]
 
@@ -35,8 +34,5 @@ def environment(*, cpu: bool) -> dict[str, Any]:
     """
     import torch
 
-    if cpu or not torch.cuda.is_available():
-        device = f"{processor()}, {torch.get_num_threads()} thread of {os.cpu_count()}"
-    else:
-        device = torch.cuda.get_device_name()
-    return {"commit": commit(), "device": device, "versions": versions()}
+    on_gpu = not cpu and torch.cuda.is_available()
+    return {"commit": commit(), "device": machine.device(on_gpu=on_gpu), "versions": machine.versions()}

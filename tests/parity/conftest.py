@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from torch import nn
 
+from golden_batches import with_weights
+
 
 @pytest.fixture(scope="module")
 def file(chosen: Any, golden: Callable[[str], Any]) -> dict[str, Any]:
@@ -18,6 +20,4 @@ def file(chosen: Any, golden: Callable[[str], Any]) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def model(chosen: Any, file: dict[str, Any]) -> nn.Module:
     """The model that it is for, in evaluation mode."""
-    model: nn.Module = chosen.model(**file["config"]).eval()
-    model.load_state_dict(file["state_dict"], strict=True)
-    return model
+    return with_weights(chosen.model, file)

@@ -12,7 +12,7 @@ import torch
 from fairchem_dens.models import EquiformerV2DeNS, ESCNDeNS
 from fairchem_dens.models.equiformer_v2 import paths
 from fairchem_dens.ops import fused
-from golden_batches import batch_in, merged
+from golden_batches import batch_in, merged, with_weights
 
 MODES = ("s2ef", "dens_partial", "dens_full")
 OUTPUTS = ("energy", "forces")
@@ -89,15 +89,12 @@ def test_energy_forces_and_noise(chosen, file, model, mode):
 @pytest.mark.parametrize("chosen", FILES[:2], ids=lambda one: one.name, scope="module")
 @pytest.mark.parametrize("recompute", ["none", "layers"])
 def test_each_level_of_recomputation(chosen, file, recompute):
-    model = chosen.model(**file["config"], recompute=recompute).eval()
-    model.load_state_dict(file["state_dict"], strict=True)
-    agrees(model, file, chosen)
+    agrees(with_weights(chosen.model, file, recompute=recompute), file, chosen)
 
 
 @pytest.mark.parametrize("chosen", FILES[:2], ids=lambda one: one.name, scope="module")
 def test_fairchems_modules(chosen, file):
-    model = chosen.model(**file["config"]).eval()
-    model.load_state_dict(file["state_dict"], strict=True)
+    model = with_weights(chosen.model, file)
     paths.choose(model, paths.FAIRCHEM)
     agrees(model, file, chosen)
 
@@ -110,9 +107,7 @@ def test_kernels_in_tritons_interpreter(chosen, file, monkeypatch):
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("there is a GPU: kernels are not interpreted")
     monkeypatch.setenv(fused.SWITCH, "fused")
-    model = chosen.model(**file["config"], kernels="triton").eval()
-    model.load_state_dict(file["state_dict"], strict=True)
-    agrees(model, file, chosen, ["dens_partial"])
+    agrees(with_weights(chosen.model, file, kernels="triton"), file, chosen, ["dens_partial"])
 
 
 @every_file

@@ -1,12 +1,19 @@
-"""Our batches for the modes of the authors' code, whose outputs are stored in files."""
+"""Our models and batches for the files in which outputs of the authors' code are stored."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch_geometric.data import Data
+
+
+def with_weights(model: type[Any], file: dict[str, Any], **settings: Any) -> nn.Module:
+    """A model of ours with their weights, in evaluation mode; ``settings`` are beside those of the file."""
+    built: nn.Module = model(**file["config"], **settings).eval()
+    built.load_state_dict(file["state_dict"], strict=True)
+    return built
 
 
 def batch_in(mode: str, file: dict[str, Any]) -> tuple[Data, Tensor]:

@@ -3,37 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from benchmark_scripts import BENCHMARKS, only_in_a_checkout, run_benchmark
 from fairchem_dens import keys
 from fairchem_dens.models import EquiformerV2DeNS
 from structures import partly_corrupted
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-
-pytestmark = pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="benchmarks are only in a checkout")
-
-
-def run(script: str, *arguments: str, cwd: Path) -> str:
-    done = subprocess.run(
-        [sys.executable, str(BENCHMARKS / script), *arguments],
-        cwd=cwd, env=dict(os.environ), capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+pytestmark = only_in_a_checkout
 
 
 @pytest.mark.slow
 def test_the_commands(tmp_path: Path) -> None:
     sizes = ("--device", "cpu", "--layers", "1", "--lmax", "2", "--structures", "1", "--natoms", "4", "8")
-    printed = run(
+    printed = run_benchmark(
         "equiformer_v2.py", *sizes, "--modes", "training", "inference", "--recompute", "none", "layers",
         "--rounds", "1", "--warm-up", "0", "--errors", "--out", "x.json", cwd=tmp_path,
     )  # fmt: skip
@@ -47,7 +34,7 @@ def test_the_commands(tmp_path: Path) -> None:
         assert 0 < row["error_of_outputs"] < 1e-4 and 0 < row["error_of_gradients"] < 1e-4
     stock = [row for row in rows if row["variant"] == "fairchem"]
     assert len(stock) == 4 and all(row["faster"] == row["leaner"] == 1 for row in stock)
-    run("plot_equiformer_v2.py", "x.json", "--along", "natoms", "--out", "x.svg", cwd=tmp_path)
+    run_benchmark("plot_equiformer_v2.py", "x.json", "--along", "natoms", "--out", "x.svg", cwd=tmp_path)
     assert "svg" in (tmp_path / "x.svg").read_text()
 
 

@@ -4,32 +4,22 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
-SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "reading.py"
+from benchmark_scripts import BENCHMARKS, only_in_a_checkout, run_benchmark
 
-pytestmark = pytest.mark.skipif(not SCRIPT.is_file(), reason="benchmarks are only in a checkout")
+SCRIPT = "reading.py"
 
-
-def run(*arguments: str, cwd: Path) -> str:
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), *arguments],
-        cwd=cwd, env=dict(os.environ), capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+pytestmark = only_in_a_checkout
 
 
 @pytest.fixture(scope="module")
 def reading() -> ModuleType:
-    specification = importlib.util.spec_from_file_location("reading_benchmark", SCRIPT)
+    specification = importlib.util.spec_from_file_location("reading_benchmark", BENCHMARKS / SCRIPT)
     assert specification is not None and specification.loader is not None
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
@@ -38,11 +28,11 @@ def reading() -> ModuleType:
 
 @pytest.mark.slow
 def test_the_command(tmp_path: Path) -> None:
-    assert "--structures" in run("--help", cwd=tmp_path)
+    assert "--structures" in run_benchmark(SCRIPT, "--help", cwd=tmp_path)
     out = tmp_path / "results" / "reading.json"
-    printed = run(
-        "--structures", "12", "--natoms", "10", "--rounds", "2", "--workers", "0", "1", "--out", str(out),
-        cwd=tmp_path,
+    printed = run_benchmark(
+        SCRIPT, "--structures", "12", "--natoms", "10", "--rounds", "2", "--workers", "0", "1",
+        "--out", str(out), cwd=tmp_path,
     )  # fmt: skip
     result = json.loads(out.read_text())
     assert str(tmp_path) not in out.read_text()
